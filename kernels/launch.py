@@ -1,0 +1,192 @@
+"""From torch tensors to kernel launches; the only module that knows both.
+
+Nothing here reads a value from the device: normalisers, losses and decisions stay there.
+"""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import REDUCTION, Device, gradient_plan, is_wide, layout, parts, plan
+from ..reference import accumulation_dtype
+from .gradient import gradient as gradient_kernel
+from .normalizer import normalizer_parts, sum_parts
+from .resident import resident as resident_kernel
+from .streaming import streaming as streaming_kernel
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# Triton's interpreter needs no GPU; plans are then those of the card that most people train on.
+INTERPRETED = Device(backend="cuda", arch=90, lanes=32, processors=132)
+
+
+@functools.lru_cache
+def device_properties(index):
+    """What the plan needs to know of the device `index`, as Triton's active driver sees it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return INTERPRETED
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(index)
+    return Device(target.backend, target.arch, target.warp_size, properties["multiprocessor_count"])
+
+
+def forward(problem, input, target, weight, want_gradient):
+    """The loss, its gradient for an upstream gradient of 1 (or None), and what `backward` needs besides.
+
+    The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
+    """
+    call = Call(problem, input, target, weight)
+    per_row = problem.reduction == "none"
+    with on_device(input):
+        normalizer = call.normalizer()
+        made = torch.empty_like(call.input) if want_gradient and not per_row else None
+        summary = call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
+        if per_row:
+            losses = loss = torch.empty(batch_shape(input), dtype=problem.dtype, device=input.device)
+        else:
+            losses = call.new(call.plan.programs)
+        call.losses(losses, made, normalizer, summary)
+        if not per_row:
+            loss = call.total(losses, normalizer)
+    return loss, made, normalizer, summary
+
+
+def backward(problem, input, target, weight, made, normalizer, summary, upstream):
+    """The gradient for `upstream`, a 0-dim tensor or one number for each row.
+
+    `made` is the gradient for an upstream gradient of 1. It is returned as it is where the device finds that 1
+    was right, and is otherwise overwritten with the right one. None: the gradient is made in a new tensor.
+    """
+    call = Call(problem, input, target, weight)
+    with on_device(input):
+        out = torch.empty_like(call.input) if made is None else made
+        call.gradient(out, normalizer, summary, upstream.contiguous(), remake=made is not None)
+    return out
+
+
+def batch_shape(input):
+    """Shape of the row losses: the input's without the class dimension."""
+    return input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+
+
+def on_device(tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class Call:
+    """One call's tensors, their layout and plan, and the kernels launched with them."""
+
+    def __init__(self, problem, input, target, weight):
+        self.problem = problem
+        self.acc = accumulation_dtype(problem.dtype)
+        self.weight = None if weight is None else weight.contiguous()
+        self.input, self.q, self.layout = arrange(input, target if problem.probabilities else None)
+        self.target = None if problem.probabilities else target.contiguous()
+        self.device = device_properties(input.device.index or 0)
+        self.plan = plan(self.layout, input.element_size(), self.device)
+
+    def new(self, *shape):
+        return torch.empty(shape, dtype=self.acc, device=self.input.device)
+
+    @property
+    def divisor(self):
+        """The normaliser where the host knows it: 1, or the number of rows for a mean over probabilities."""
+        mean = self.problem.reduction == "mean" and self.problem.probabilities
+        return float(self.layout.rows) if mean else 1.0
+
+    def normalizer(self):
+        """Partial sums of the rows' weights, or None where `divisor` is the normaliser."""
+        if self.problem.reduction != "mean" or self.problem.probabilities:
+            return None
+        count, span = parts(self.layout.rows)
+        out = self.new(count)
+        normalizer_parts[(count,)](
+            self.target, self.weight, out, self.layout.rows, span, self.problem.ignore_index,
+            self.layout.classes, ACC=TRITON_DTYPE[self.acc], **REDUCTION,
+        )  # fmt: skip
+        return out
+
+    def losses(self, losses, gradient, normalizer, summary):
+        """Row losses, or one sum for each program; and the gradient for an upstream gradient of 1."""
+        if self.plan.schedule == "resident":
+            resident_kernel[(self.plan.programs,)](
+                **self.arguments(self.plan, gradient, normalizer), upstream_ptr=None, loss_ptr=losses, REMAKE=False
+            )
+        else:
+            streaming_kernel[(self.plan.programs,)](
+                **self.arguments(self.plan, gradient, normalizer),
+                summary_ptr=summary, loss_ptr=losses, rows=self.layout.rows,
+            )  # fmt: skip
+
+    def gradient(self, gradient, normalizer, summary, upstream, remake):
+        if self.plan.schedule == "resident":
+            resident_kernel[(self.plan.programs,)](
+                **self.arguments(self.plan, gradient, normalizer),
+                upstream_ptr=upstream, loss_ptr=None, REMAKE=remake,
+            )  # fmt: skip
+        else:
+            deferred = gradient_plan(self.layout, self.plan)
+            gradient_kernel[(deferred.programs,)](
+                **self.arguments(deferred, gradient, normalizer),
+                upstream_ptr=upstream, summary_ptr=summary, rows=self.layout.rows, REMAKE=remake,
+            )  # fmt: skip
+
+    def total(self, losses, normalizer):
+        """The sum of the programs' losses over the normaliser, 0-dim, in the loss's dtype."""
+        count, span = parts(losses.numel())
+        if count > 1:
+            partial = self.new(count)
+            self.sum_parts(losses, None, partial, count, span, 1.0)
+            losses = partial
+        out = torch.empty((), dtype=self.problem.dtype, device=losses.device)
+        self.sum_parts(losses, normalizer, out, 1, losses.numel(), self.divisor)
+        return out
+
+    def sum_parts(self, losses, normalizer, out, programs, span, divisor):
+        sum_parts[(programs,)](
+            losses, normalizer, out, losses.numel(), span, divisor,
+            PARTS=1 if normalizer is None else normalizer.numel(), ACC=TRITON_DTYPE[self.acc], **REDUCTION,
+        )  # fmt: skip
+
+    def arguments(self, plan, gradient, normalizer):
+        """What the schedules' kernels have in common."""
+        problem, layout = self.problem, self.layout
+        x, g, q = layout.strides
+        return {
+            "x_ptr": self.input, "target_ptr": self.target, "q_ptr": self.q, "weight_ptr": self.weight,
+            "normalizer_ptr": normalizer, "grad_ptr": gradient,
+            "inner": layout.inner, "classes": layout.classes,
+            "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
+            "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
+            "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
+            "row_outer": layout.row_outer, "row_inner": layout.row_inner,
+            "ignore_index": problem.ignore_index, "smoothing": problem.label_smoothing, "divisor": self.divisor,
+            "SMOOTH": problem.label_smoothing > 0, "PER_ROW": problem.reduction == "none",
+            "PARTS": 1 if normalizer is None else normalizer.numel(),
+            "WIDE": is_wide(layout, plan), "ACC": TRITON_DTYPE[self.acc],
+            "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps,
+        }  # fmt: skip
+
+
+def arrange(input, q):
+    """Input and probabilities with a layout that they share with the gradient; what fits none is copied."""
+    for candidate in (lambda: (input, q), lambda: (input, contiguous(q)), lambda: (contiguous(input), contiguous(q))):
+        x, q_ = candidate()
+        found = layout(x.shape, x.stride(), gradient_stride(x), gradient_stride(x) if q_ is None else q_.stride())
+        if found is not None:
+            return x, q_, found
+    raise AssertionError("contiguous tensors always have a layout")
+
+
+def contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def gradient_stride(input):
+    """Strides of torch.empty_like(input), which are the input's own where it is dense."""
+    return input.stride() if input.is_contiguous() else torch.empty_like(input, device="meta").stride()

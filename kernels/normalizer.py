@@ -1,0 +1,59 @@
+"""What a mean divides by, and the sum of what the programs of a schedule left.
+
+Sums are made in a fixed order, without atomics, so that the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import normalizer
+
+
+@triton.jit(do_not_specialize=["ignore_index", "rows", "span"])
+def normalizer_parts(
+    target_ptr,
+    weight_ptr,  # None: count rows
+    parts_ptr,
+    rows: tl.int64,
+    span: tl.int64,  # rows for each program
+    ignore_index: tl.int64,
+    classes,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Number, or weight, of the rows that count: neither ignored nor out of range."""
+    begin = tl.program_id(0) * span
+    end = tl.minimum(begin + span, rows)
+    total = tl.zeros((BLOCK,), ACC)
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        t = tl.load(target_ptr + row, mask=row < end, other=-1).to(tl.int64)
+        valid = (row < end) & (t != ignore_index) & (t >= 0) & (t < classes)
+        if weight_ptr is None:
+            total += valid.to(ACC)
+        else:
+            total += tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
+    tl.store(parts_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["count", "span"])
+def sum_parts(
+    losses_ptr,
+    normalizer_ptr,  # None: `divisor` is the normaliser
+    out_ptr,
+    count: tl.int64,
+    span: tl.int64,  # losses for each program
+    divisor: tl.float64,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sum of `count` losses over the normaliser; with several programs, one part from each."""
+    begin = tl.program_id(0) * span
+    end = tl.minimum(begin + span, count)
+    total = tl.zeros((BLOCK,), ACC)
+    for start in range(begin, end, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + k, mask=k < end, other=0.0).to(ACC)
+    out = tl.sum(total, 0) / normalizer(normalizer_ptr, divisor, PARTS, ACC)
+    tl.store(out_ptr + tl.program_id(0), out.to(out_ptr.dtype.element_ty))

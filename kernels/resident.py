@@ -1,0 +1,99 @@
+"""Schedule `resident`: whole rows in the registers of one program, each logit read once."""
+
+import triton
+import triton.language as tl
+
+from .math import dense_dot, exponentials, point_dot, row_gradient, row_loss
+from .tile import (
+    class_index,
+    index_mass,
+    program_rows,
+    row_pointers,
+    row_scale,
+    store_loss,
+    tile_mass,
+    tile_pointers,
+)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def resident(
+    x_ptr,
+    target_ptr,  # class indices, or None
+    q_ptr,  # class probabilities, or None
+    weight_ptr,  # None: all ones
+    normalizer_ptr,  # None: `divisor` is the normaliser
+    upstream_ptr,  # None: one
+    loss_ptr,  # None: no loss wanted
+    grad_ptr,  # None: no gradient wanted
+    inner,
+    classes,
+    x_outer,
+    x_inner,
+    x_class,
+    q_outer,
+    q_inner,
+    q_class,
+    g_outer,
+    g_inner,
+    g_class,
+    row_outer,
+    row_inner,
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    divisor: tl.float64,
+    SMOOTH: tl.constexpr,
+    PER_ROW: tl.constexpr,  # losses and upstream gradients are one for each row
+    REMAKE: tl.constexpr,  # grad_ptr holds the gradient for an upstream gradient of 1 already
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    if REMAKE:
+        if tl.load(upstream_ptr) == 1.0:
+            return
+    outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (c < classes)[None, :]
+    t = None
+    point = None
+    q_rows = None
+    if q_ptr is None:
+        t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
+    else:
+        counted = live
+        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE)
+
+    loss = tl.zeros((ROWS,), ACC)
+    g = tl.zeros((ROWS, BLOCK), ACC)
+    if tl.max(counted.to(tl.int32), 0) > 0:
+        mask = counted[:, None] & inside
+        x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE)
+        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
+        m = tl.max(z, 1)
+        e = exponentials(z, m)
+        s = tl.sum(e, 1)
+
+        if q_ptr is None:
+            point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
+        b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
+        if SMOOTH or q_ptr is not None:
+            mass = tl.sum(b, 1)
+            dot = dense_dot(b, z, m, mask)
+        else:
+            z_t = tl.load(x_rows + t * x_class, mask=valid, other=0.0).to(ACC)
+            mass = point
+            dot = point_dot(point, z_t, m)
+
+        loss = row_loss(s, mass, dot)
+        if grad_ptr is not None:
+            scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
+            g = tl.where(mask, row_gradient(e, b, s, mass, scale), 0.0)
+
+    if loss_ptr is not None:
+        store_loss(loss_ptr, loss, row, live, counted, PER_ROW)
+    if grad_ptr is not None:
+        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE)
+        tl.store(tile_pointers(g_rows, c, g_class, WIDE), g.to(grad_ptr.dtype.element_ty), mask=live[:, None] & inside)

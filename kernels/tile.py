@@ -1,0 +1,115 @@
+"""Where a program's tile lies, and what its rows ask for.
+
+Logits of any layout are (outer, inner, class) with three strides. A program owns ROWS consecutive values of
+`inner` under one value of `outer`. Row (o, i) has the number o * row_outer + i * row_inner, which is where its
+target, its loss and its summary stand. Bases are 64-bit; offsets within a tile are 32-bit unless WIDE.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import dense_mass, point_mass
+
+
+@triton.jit
+def program_rows(pid, inner, row_outer, row_inner, ROWS: tl.constexpr):
+    """(outer, first inner, row numbers, mask of the rows that exist) of program `pid`."""
+    blocks = tl.cdiv(inner, ROWS)
+    outer = (pid // blocks).to(tl.int64)
+    first = ((pid % blocks) * ROWS).to(tl.int64)
+    i = first + tl.arange(0, ROWS)
+    return outer, first, outer * row_outer + i * row_inner, i < inner
+
+
+@triton.jit
+def row_pointers(ptr, outer, first, s_outer, s_inner, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to class 0 of the program's rows, [ROWS]."""
+    lane = tl.arange(0, ROWS)
+    if WIDE:
+        lane = lane.to(tl.int64)
+    return ptr + outer * s_outer + first * s_inner + lane * s_inner
+
+
+@triton.jit
+def tile_pointers(rows, c, s_class, WIDE: tl.constexpr):
+    """Pointers to the classes c of the rows, [ROWS, BLOCK]."""
+    if WIDE:
+        c = c.to(tl.int64)
+    return rows[:, None] + (c * s_class)[None, :]
+
+
+@triton.jit
+def class_index(target_ptr, row, live, ignore_index, classes):
+    """Class index, mask of the rows that are not ignored, mask of those whose index is a class.
+
+    The index is 0 where it is no class, so that nothing out of bounds is read or written for it.
+    """
+    t = tl.load(target_ptr + row, mask=live, other=0).to(tl.int64)
+    counted = live & (t != ignore_index)
+    valid = counted & (t >= 0) & (t < classes)
+    return tl.where(valid, t, 0), counted, valid
+
+
+@triton.jit
+def index_mass(weight_ptr, t, valid, smoothing, SMOOTH: tl.constexpr, ACC: tl.constexpr):
+    """The point mass of each row; NaN where the target is no class, so that the row's loss and gradient are."""
+    w = tl.where(valid, 1.0, 0.0).to(ACC)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
+    return tl.where(valid, point_mass(w, smoothing, SMOOTH, ACC), float("nan"))
+
+
+@triton.jit
+def tile_mass(
+    q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes,
+    SMOOTH: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+):
+    """Target mass of the classes c, [ROWS, BLOCK], 0 outside `mask`.
+
+    Class-index targets have `t` and `point`; probability targets have `q_rows`, pointers to class 0 of each row.
+    """
+    b = tl.zeros(mask.shape, ACC)
+    if SMOOTH or q_rows is not None:
+        inside = c < classes
+        w = tl.where(inside, 1.0, 0.0).to(ACC)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
+        q = None
+        if q_rows is not None:
+            q = tl.load(tile_pointers(q_rows, c, q_class, WIDE), mask=mask, other=0.0).to(ACC)
+        b = tl.where(mask, dense_mass(w[None, :], q, smoothing, classes, SMOOTH, ACC), 0.0)
+    if q_rows is None:
+        b = tl.where(c[None, :] == t[:, None], b + point[:, None], b)
+    return b
+
+
+@triton.jit
+def normalizer(normalizer_ptr, divisor, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """What the mean divides by: the sum of PARTS partial sums, or `divisor` where the host knows it."""
+    if normalizer_ptr is not None:
+        total = tl.sum(tl.load(normalizer_ptr + tl.arange(0, PARTS)), 0)
+    else:
+        total = tl.full((), divisor, ACC)
+    return total
+
+
+@triton.jit
+def row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """Upstream gradient over the normaliser, one number for each row."""
+    scale = tl.full(row.shape, 1.0, ACC)
+    if upstream_ptr is not None:
+        if PER_ROW:
+            scale = tl.load(upstream_ptr + row, mask=counted, other=0.0).to(ACC)
+        else:
+            scale = scale * tl.load(upstream_ptr).to(ACC)
+    return scale / normalizer(normalizer_ptr, divisor, PARTS, ACC)
+
+
+@triton.jit
+def store_loss(loss_ptr, loss, row, live, counted, PER_ROW: tl.constexpr):
+    """One loss for each row, or the sum over this program's rows; 0 for ignored rows."""
+    loss = tl.where(counted, loss, 0.0)
+    if PER_ROW:
+        tl.store(loss_ptr + row, loss, mask=live)
+    else:
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, 0))

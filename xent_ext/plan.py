@@ -1,0 +1,159 @@
+"""From (rows, classes, strides, dtype, device) to a schedule and its launch numbers.
+
+Everything here is a pure function of plain numbers, so that it can be read and tested without a GPU. Each number
+stands beside the reason for it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of one shape as (outer, inner, class), each with three strides in elements.
+
+    Row (o, i) of the batch has the number o * row_outer + i * row_inner in row-major order.
+    """
+
+    outer: int
+    inner: int
+    classes: int
+    row_outer: int
+    row_inner: int
+    strides: tuple  # for each tensor: (outer, inner, class)
+
+    @property
+    def rows(self):
+        return self.outer * self.inner
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan needs to know of a GPU."""
+
+    backend: str  # "cuda" or "hip", Triton's names
+    arch: object  # 90 for sm_90, "gfx942"
+    lanes: int  # threads of a warp (a wavefront on AMD)
+    processors: int  # streaming multiprocessors or compute units
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule with its launch numbers."""
+
+    schedule: str  # "resident" or "streaming"
+    rows: int  # rows of a program's tile
+    block: int  # classes of a program's tile
+    num_warps: int
+    programs: int
+
+
+def layout(shape, *strides):
+    """See tensors of shape (C), (N, C) or (N, C, d1, ...) as (outer, inner, class), or return None.
+
+    The dimensions of the batch merge where the strides of every tensor allow it; more than two that do not
+    merge fit no such view, and such tensors must be copied.
+    """
+    axis = 0 if len(shape) == 1 else 1
+    groups = []  # (size, row stride, stride for each tensor), innermost first
+    rows = 1
+    for d in reversed(range(len(shape))):
+        size = shape[d]
+        if d == axis or size == 1:
+            continue
+        steps = tuple(s[d] for s in strides)
+        if groups and all(a == b * groups[-1][0] for a, b in zip(steps, groups[-1][2], strict=True)):
+            groups[-1] = (groups[-1][0] * size, *groups[-1][1:])
+        else:
+            groups.append((size, rows, steps))
+        rows *= size
+    if len(groups) > 2:
+        return None
+    # A stride of 0 is a multiple of every vector width, which is what a dimension of size 1 is.
+    while len(groups) < 2:
+        groups.append((1, 0, (0,) * len(strides)))
+    inner, outer = groups
+    # Tiles run along inner. Where rows are not neighbours in memory, the longer dimension makes fuller tiles.
+    if inner[2][0] != 1 and outer[0] > inner[0]:
+        inner, outer = outer, inner
+    return Layout(
+        outer=outer[0],
+        inner=inner[0],
+        classes=shape[axis],
+        row_outer=outer[1],
+        row_inner=inner[1],
+        strides=tuple((o, i, s[axis]) for o, i, s in zip(outer[2], inner[2], strides, strict=True)),
+    )
+
+
+def next_power_of_2(n):
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# A row stays resident while a thread holds at most 64 of its logits as float32: above that the registers of
+# 16 warps (65536 on every target) no longer hold the tile and its temporaries, and the compiler spills.
+RESIDENT_TILE = 32768
+# Short rows share a program: 4096 logits give 4 warps 32 each, four 128-bit bfloat16 loads in flight per thread.
+PACKED_TILE = 4096
+# A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
+# this many bytes of rows wide, or it fetches what it does not use.
+SECTOR = 32
+# One streamed block: 16 warps with 16 logits a thread, two or four 128-bit loads each.
+STREAMED_BLOCK = 8192
+# A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
+STREAMED_ROWS = 64
+# Threads hold this many logits each where the tile allows it, ...
+LOGITS_PER_THREAD = 32
+# ... in at most 512 threads, above which two programs no longer fit on a streaming multiprocessor with 64
+# registers a thread; AMD's wavefronts are 64 wide, so this is half as many warps there.
+MAX_THREADS = 512
+
+
+def plan(layout, itemsize, device):
+    """Schedule and launch numbers for logits of `itemsize` bytes seen as `layout`."""
+    resident_tile, streamed_block = RESIDENT_TILE, STREAMED_BLOCK
+    if itemsize == 8:  # float64 takes two registers
+        resident_tile, streamed_block = resident_tile // 4, streamed_block // 4
+    _, s_inner, s_class = layout.strides[0]
+    width = next_power_of_2(layout.classes)
+    neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
+    fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
+    if width * fewest <= resident_tile:
+        packed = max(PACKED_TILE // width, fewest)
+        return _plan("resident", layout, packed, width, device)
+    rows = STREAMED_ROWS if neighbours else 1
+    return _plan("streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device)
+
+
+def gradient_plan(layout, forward):
+    """Launch numbers of the deferred gradient after a streamed forward: one program for each tile."""
+    blocks = -(-layout.classes // forward.block)
+    programs = forward.programs * blocks
+    return Plan("gradient", forward.rows, forward.block, forward.num_warps, programs)
+
+
+def _plan(schedule, layout, rows, block, device):
+    rows = min(rows, next_power_of_2(layout.inner))
+    threads = min(max(rows * block // LOGITS_PER_THREAD, device.lanes), MAX_THREADS)
+    programs = layout.outer * -(-layout.inner // rows)
+    return Plan(schedule, rows, block, threads // device.lanes, programs)
+
+
+def is_wide(layout, plan):
+    """Whether offsets within a tile pass 32 bits. A streamed tile's classes run to the end of the row."""
+    lanes = plan.rows - 1
+    classes = max(layout.classes, plan.block) - 1 + plan.block
+    return any(lanes * abs(i) + classes * abs(c) >= 2**31 for _, i, c in layout.strides)
+
+
+# Normaliser and final sum: one program reads up to this many rows (128 KB of class indices); more rows are split
+# over 128 programs, whose sums every program of the main kernel adds up, one load for each of its threads.
+ROWS_PER_PROGRAM = 16384
+PARTS = 128
+REDUCTION = {"BLOCK": 4096, "num_warps": 16}
+
+
+def parts(count):
+    """(programs, elements for each) of a sum over `count` numbers."""
+    if count <= ROWS_PER_PROGRAM:
+        return 1, max(count, 1)
+    return PARTS, -(-count // PARTS)
