@@ -1,0 +1,119 @@
+"""What the machine is, and how time and memory are measured on it."""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import xent_ext
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where PyTorch sees one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe() -> dict:
+    """The facts that a timing means nothing without."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "xent_ext": xent_ext.__version__,
+    }
+
+
+def one_line(machine: dict) -> str:
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "triton", "xent_ext"))
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    return f"{cpu}; GPU: {machine['gpu'] or 'none'}; {machine['os']}; {versions}"
+
+
+class Clock:
+    """Marks points in time on a device: CUDA events on a GPU, the wall clock elsewhere.
+
+    Events are read only after `wait`, so that timing never stalls the queue of launches.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+
+    def mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self):
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, start, end) -> float:
+        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+
+
+MEMORY_METHOD = {
+    "cuda": "torch.cuda.max_memory_allocated, less what was allocated before",
+    "cpu": "highest running total of the allocations and frees that torch.profiler saw",
+}
+
+
+def peak_memory(work, device: torch.device):
+    """Call `work`; return its result and the most bytes held at one time beyond those held before."""
+    return (_peak_on_gpu if device.type == "cuda" else _peak_on_cpu)(work, device)
+
+
+def _peak_on_gpu(work, device):
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = work()
+    torch.cuda.synchronize(device)
+    return result, torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_on_cpu(work, device):
+    # The process's resident size would also count pages that the C allocator keeps, and miss those it reuses.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return result, peak
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
