@@ -9,9 +9,27 @@ from .tile import class_index, index_mass, program_rows, row_pointers, row_scale
 
 @triton.jit
 def block_gradient(
-    x_rows, q_rows, g_rows, weight_ptr, x_class, q_class, g_class,
-    c, t, point, m, s, mass, scale, live, counted, smoothing, classes,
-    SMOOTH: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    x_rows,
+    q_rows,
+    g_rows,
+    weight_ptr,
+    x_class,
+    q_class,
+    g_class,
+    c,
+    t,
+    point,
+    m,
+    s,
+    mass,
+    scale,
+    live,
+    counted,
+    smoothing,
+    classes,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Read the logits of the classes c and write their gradient. Ignored rows are not read and get zeros."""
     inside = (c < classes)[None, :]
@@ -19,7 +37,9 @@ def block_gradient(
     z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
     b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
     g = tl.where(mask, row_gradient(exponentials(z, m), b, s, mass, scale), 0.0)
-    tl.store(tile_pointers(g_rows, c, g_class, WIDE), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside)
+    tl.store(
+        tile_pointers(g_rows, c, g_class, WIDE), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside
+    )
 
 
 @triton.jit
@@ -98,7 +118,22 @@ def gradient(
         row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE),
         q_rows,
         row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE),
-        weight_ptr, x_class, q_class, g_class,
-        c, t, point, m, s, mass, scale, live, counted, smoothing, classes,
-        SMOOTH, WIDE, ACC,
+        weight_ptr,
+        x_class,
+        q_class,
+        g_class,
+        c,
+        t,
+        point,
+        m,
+        s,
+        mass,
+        scale,
+        live,
+        counted,
+        smoothing,
+        classes,
+        SMOOTH,
+        WIDE,
+        ACC,
     )

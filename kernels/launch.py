@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan import REDUCTION, Device, gradient_plan, is_wide, layout, parts, plan
+from ..layout import arrange, batch_shape
+from ..plan import REDUCTION, Device, gradient_plan, is_wide, parts, plan
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
 from .normalizer import normalizer_parts, sum_parts
@@ -45,9 +46,11 @@ def forward(problem, input, target, weight, want_gradient):
     with on_device(input):
         normalizer = call.normalizer()
         made = torch.empty_like(call.input) if want_gradient and not per_row else None
-        summary = call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
+        summary = (
+            call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
+        )
         if per_row:
-            losses = loss = torch.empty(batch_shape(input), dtype=problem.dtype, device=input.device)
+            losses = loss = torch.empty(batch_shape(input.shape), dtype=problem.dtype, device=input.device)
         else:
             losses = call.new(call.plan.programs)
         call.losses(losses, made, normalizer, summary)
@@ -67,11 +70,6 @@ def backward(problem, input, target, weight, made, normalizer, summary, upstream
         out = torch.empty_like(call.input) if made is None else made
         call.gradient(out, normalizer, summary, upstream.contiguous(), remake=made is not None)
     return out
-
-
-def batch_shape(input):
-    """Shape of the row losses: the input's without the class dimension."""
-    return input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
 
 
 def on_device(tensor):
@@ -115,7 +113,10 @@ class Call:
         """Row losses, or one sum for each program; and the gradient for an upstream gradient of 1."""
         if self.plan.schedule == "resident":
             resident_kernel[(self.plan.programs,)](
-                **self.arguments(self.plan, gradient, normalizer), upstream_ptr=None, loss_ptr=losses, REMAKE=False
+                **self.arguments(self.plan, gradient, normalizer),
+                upstream_ptr=None,
+                loss_ptr=losses,
+                REMAKE=False,
             )
         else:
             streaming_kernel[(self.plan.programs,)](
@@ -171,22 +172,3 @@ class Call:
             "WIDE": is_wide(layout, plan), "ACC": TRITON_DTYPE[self.acc],
             "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps,
         }  # fmt: skip
-
-
-def arrange(input, q):
-    """Input and probabilities with a layout that they share with the gradient; what fits none is copied."""
-    for candidate in (lambda: (input, q), lambda: (input, contiguous(q)), lambda: (contiguous(input), contiguous(q))):
-        x, q_ = candidate()
-        found = layout(x.shape, x.stride(), gradient_stride(x), gradient_stride(x) if q_ is None else q_.stride())
-        if found is not None:
-            return x, q_, found
-    raise AssertionError("contiguous tensors always have a layout")
-
-
-def contiguous(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
-def gradient_stride(input):
-    """Strides of torch.empty_like(input), which are the input's own where it is dense."""
-    return input.stride() if input.is_contiguous() else torch.empty_like(input, device="meta").stride()

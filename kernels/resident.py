@@ -96,4 +96,8 @@ def resident(
         store_loss(loss_ptr, loss, row, live, counted, PER_ROW)
     if grad_ptr is not None:
         g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE)
-        tl.store(tile_pointers(g_rows, c, g_class, WIDE), g.to(grad_ptr.dtype.element_ty), mask=live[:, None] & inside)
+        tl.store(
+            tile_pointers(g_rows, c, g_class, WIDE),
+            g.to(grad_ptr.dtype.element_ty),
+            mask=live[:, None] & inside,
+        )

@@ -84,7 +84,9 @@ def streaming(
         mass_block = tl.zeros((ROWS,), ACC)
         dot_block = tl.zeros((ROWS,), ACC)
         if SMOOTH or q_ptr is not None:
-            b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
+            b = tile_mass(
+                q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC
+            )
             mass_block = tl.sum(b, 1)
             dot_block = dense_dot(b, z, m_block, mask)
         m, s, mass, dot = merge(m, s, mass, dot, m_block, s_block, mass_block, dot_block)
@@ -103,7 +105,25 @@ def streaming(
         for k in range(0, blocks):
             c = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
             block_gradient(
-                x_rows, q_rows, g_rows, weight_ptr, x_class, q_class, g_class,
-                c, t, point, m, s, mass, scale, live, counted, smoothing, classes,
-                SMOOTH, WIDE, ACC,
+                x_rows,
+                q_rows,
+                g_rows,
+                weight_ptr,
+                x_class,
+                q_class,
+                g_class,
+                c,
+                t,
+                point,
+                m,
+                s,
+                mass,
+                scale,
+                live,
+                counted,
+                smoothing,
+                classes,
+                SMOOTH,
+                WIDE,
+                ACC,
             )

@@ -61,8 +61,18 @@ def index_mass(weight_ptr, t, valid, smoothing, SMOOTH: tl.constexpr, ACC: tl.co
 
 @triton.jit
 def tile_mass(
-    q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes,
-    SMOOTH: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    q_rows,
+    weight_ptr,
+    q_class,
+    c,
+    t,
+    point,
+    mask,
+    smoothing,
+    classes,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Target mass of the classes c, [ROWS, BLOCK], 0 outside `mask`.
 
@@ -94,7 +104,16 @@ def normalizer(normalizer_ptr, divisor, PARTS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+def row_scale(
+    upstream_ptr,
+    normalizer_ptr,
+    divisor,
+    row,
+    counted,
+    PER_ROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Upstream gradient over the normaliser, one number for each row."""
     scale = tl.full(row.shape, 1.0, ACC)
     if upstream_ptr is not None:

@@ -8,25 +8,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Tensors of one shape as (outer, inner, class), each with three strides in elements.
-
-    Row (o, i) of the batch has the number o * row_outer + i * row_inner in row-major order.
-    """
-
-    outer: int
-    inner: int
-    classes: int
-    row_outer: int
-    row_inner: int
-    strides: tuple  # for each tensor: (outer, inner, class)
-
-    @property
-    def rows(self):
-        return self.outer * self.inner
-
-
-@dataclass(frozen=True)
 class Device:
     """What the plan needs to know of a GPU."""
 
@@ -45,44 +26,6 @@ class Plan:
     block: int  # classes of a program's tile
     num_warps: int
     programs: int
-
-
-def layout(shape, *strides):
-    """See tensors of shape (C), (N, C) or (N, C, d1, ...) as (outer, inner, class), or return None.
-
-    The dimensions of the batch merge where the strides of every tensor allow it; more than two that do not
-    merge fit no such view, and such tensors must be copied.
-    """
-    axis = 0 if len(shape) == 1 else 1
-    groups = []  # (size, row stride, stride for each tensor), innermost first
-    rows = 1
-    for d in reversed(range(len(shape))):
-        size = shape[d]
-        if d == axis or size == 1:
-            continue
-        steps = tuple(s[d] for s in strides)
-        if groups and all(a == b * groups[-1][0] for a, b in zip(steps, groups[-1][2], strict=True)):
-            groups[-1] = (groups[-1][0] * size, *groups[-1][1:])
-        else:
-            groups.append((size, rows, steps))
-        rows *= size
-    if len(groups) > 2:
-        return None
-    # A stride of 0 is a multiple of every vector width, which is what a dimension of size 1 is.
-    while len(groups) < 2:
-        groups.append((1, 0, (0,) * len(strides)))
-    inner, outer = groups
-    # Tiles run along inner. Where rows are not neighbours in memory, the longer dimension makes fuller tiles.
-    if inner[2][0] != 1 and outer[0] > inner[0]:
-        inner, outer = outer, inner
-    return Layout(
-        outer=outer[0],
-        inner=inner[0],
-        classes=shape[axis],
-        row_outer=outer[1],
-        row_inner=inner[1],
-        strides=tuple((o, i, s[axis]) for o, i, s in zip(outer[2], inner[2], strides, strict=True)),
-    )
 
 
 def next_power_of_2(n):
@@ -121,7 +64,9 @@ def plan(layout, itemsize, device):
         packed = max(PACKED_TILE // width, fewest)
         return _plan("resident", layout, packed, width, device)
     rows = STREAMED_ROWS if neighbours else 1
-    return _plan("streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device)
+    return _plan(
+        "streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device
+    )
 
 
 def gradient_plan(layout, forward):

@@ -1,0 +1,301 @@
+"""What `F.cross_entropy` would raise, raised before any launch.
+
+Every check raises the exception type that PyTorch raises for the same call, with a message that names the
+argument, what it was and what was expected, and that keeps PyTorch's own words where its tests look for them.
+Apart from `bad_target`, and options that are given as tensors, nothing here reads data or waits for a device.
+
+Where one call is wrong in several ways, PyTorch's order decides which type is raised, so the order of the
+tests below matters wherever neighbouring types differ. Only that the options come before the tensors is this
+module's own. Meta tensors are held to the same rules, although PyTorch's own meta functions skip some of
+them: the computation they stand for would fail.
+"""
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+try:
+    from numpy import bool_, number
+
+    _NUMPY_SCALARS = (bool_, number)
+except ImportError:
+    _NUMPY_SCALARS = ()
+
+_REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's enumeration
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INDICES = (torch.int64, torch.uint8)
+_INT64 = torch.iinfo(torch.int64)
+_INT64_MIN, _INT64_MAX = _INT64.min, _INT64.max
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction that the three arguments ask for: "none", "mean" or "sum".
+
+    The legacy `size_average` and `reduce` override `reduction`, with PyTorch's deprecation warning.
+    Raises ValueError for a `reduction` that PyTorch does not know.
+    """
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    if type(reduction) is str and reduction in _REDUCTIONS:
+        return reduction
+    try:
+        return _REDUCTIONS[_reduction.get_enum(reduction)]  # warns for "elementwise_mean"
+    except ValueError:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}") from None
+
+
+def integer_ignore_index(ignore_index) -> int:
+    """`ignore_index` as an int.
+
+    Takes an int, a one-element integer tensor, a NumPy integer, or anything with `__index__`, but no bool.
+    Raises TypeError for other types, ValueError where int64 cannot hold the value.
+    """
+    if type(ignore_index) is not int:
+        ignore_index = _index(ignore_index)
+    if not _INT64_MIN <= ignore_index <= _INT64_MAX:
+        raise ValueError(f"ignore_index must fit in int64, got {ignore_index}")
+    return ignore_index
+
+
+def _index(value) -> int:
+    if isinstance(value, torch.SymInt):
+        return value
+    message = f"ignore_index must be an int, got {_described(value)}"
+    if isinstance(value, bool):
+        raise TypeError(message)
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(message) from None
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        raise RuntimeError(message)
+    return index
+
+
+def smoothing_value(label_smoothing) -> float:
+    """`label_smoothing` as a float in [0, 1]; negative values and NaN mean no smoothing, as in PyTorch.
+
+    Takes a float, an int, a bool, a NumPy scalar, or a 0-d tensor that does not require grad.
+    Raises TypeError for other types, RuntimeError above 1.
+    """
+    if type(label_smoothing) is not float:
+        label_smoothing = _float(label_smoothing)
+    if label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    return label_smoothing if label_smoothing > 0.0 else 0.0
+
+
+def _float(value) -> float:
+    if isinstance(value, Tensor):
+        accepted = value.dim() == 0 and not value.requires_grad
+    else:
+        accepted = isinstance(value, (float, int, torch.SymFloat, torch.SymInt, *_NUMPY_SCALARS))
+    if not accepted:
+        raise TypeError(f"label_smoothing must be a float, got {_described(value)}")
+    return float(value)
+
+
+def check_tensors(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    autocast: bool = False,
+) -> None:
+    """Raise what `F.cross_entropy` raises for these tensors, whatever the values in them.
+
+    `input` is (C), (N, C) or (N, C, d1, ...) in float16, bfloat16, float32 or float64. A `target` of exactly
+    that shape holds class probabilities, in any floating point dtype; any other `target` holds class indices,
+    () or (1,), (N), or (N, d1, ...), in int64, or in uint8 up to (N). `weight` is (C,): with class indices of
+    the input's dtype and without grad, with probabilities of any dtype that promotes. `ignore_index` and
+    `label_smoothing` come from `integer_ignore_index` and `smoothing_value`. `autocast` says that autocast is
+    on for the input's device, and so that float16, bfloat16 and float32 count as one dtype.
+
+    Raises TypeError for what is not a tensor, NotImplementedError for the dtype of `input`, ValueError for
+    the batch size of `target`, IndexError for a 0-d `input`, RuntimeError for almost everything else.
+
+    Two things are settled here that PyTorch leaves to the reduction and the smoothing. A weight whose shape
+    is not (C,) is always refused, though some others with C elements pass there for (N, C, d1, ...). uint8
+    indices are always accepted with a weight, and for an empty (N, C, d1, ...), which it sometimes refuses.
+    """
+    for name, value in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
+            raise TypeError(f"{name} must be a Tensor, got {_described(value)}")
+    if input.shape == target.shape:
+        _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast)
+    else:
+        _check_indices(input, target, weight, label_smoothing, autocast)
+
+
+def _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast):
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"Expected floating point type for target with class probabilities, got {target.dtype}; "
+            f"a target of the input's shape, {tuple(input.shape)}, holds probabilities"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"ignore_index is not supported for floating point target: expected a negative one, which has "
+            f"no effect, got {ignore_index}"
+        )
+    _check_weight_shape(input, weight)
+    if input.numel():  # PyTorch lets empty logits of any dtype pass
+        _check_logits_dtype(input, autocast)
+    _check_devices(input, target, weight)
+    _check_promotion(input, target, weight, label_smoothing, autocast)
+
+
+def _check_promotion(input, target, weight, label_smoothing, autocast):
+    """One-byte floats neither promote nor multiply."""
+    target_dtype = _computed_dtype(target, autocast)
+    if label_smoothing > 0.0 and _is_float8(target_dtype):
+        raise NotImplementedError(f"target must not be {target.dtype} with label_smoothing")
+    try:
+        product = torch.promote_types(_computed_dtype(input, autocast), target_dtype)
+        if weight is not None:
+            product = torch.promote_types(product, _computed_dtype(weight, autocast))
+    except RuntimeError as error:
+        dtypes = f"input {input.dtype}, target {target.dtype}"
+        if weight is not None:
+            dtypes += f", weight {weight.dtype}"
+        raise RuntimeError(f"the dtypes must promote to a common one, got {dtypes}: {error}") from None
+    if _is_float8(product):
+        raise _logits_dtype_error(input)
+
+
+def _check_indices(input, target, weight, label_smoothing, autocast):
+    classes = _classes(input)
+    rank = input.dim()
+    if input.numel():  # PyTorch looks at the dtype of empty logits later
+        _check_logits_dtype(input, autocast)
+    batch = target.shape[0] if target.dim() else 0
+    if rank > 1 and batch != input.shape[0]:
+        raise ValueError(
+            f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch}): "
+            f"{_expected_target_shape(input, target)}"
+        )
+    _check_devices(input, target, weight)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight must not require grad where target holds class indices; detach it")
+    if target.dtype not in _INDICES:
+        raise RuntimeError(
+            f"expected target dtype to be Long or Byte, but got {target.dtype}; a target of another shape "
+            f"than the input's holds class indices: {tuple(target.shape)} is not {tuple(input.shape)}"
+        )
+    _check_index_shape(input, target)
+    _check_weight_shape(input, weight)
+    if classes == 0 and rank not in (1, 2, 4) and target.numel():
+        raise RuntimeError(f"input has no classes: expected C > 0 in (N, C, ...), got {tuple(input.shape)}")
+    _check_logits_dtype(input, autocast)
+    if rank > 2 and target.dtype == torch.uint8 and target.numel():
+        raise RuntimeError(f"target must be int64 for an input of shape {tuple(input.shape)}, got uint8")
+    if weight is not None and _computed_dtype(weight, autocast) != _computed_dtype(input, autocast):
+        raise RuntimeError(
+            f"weight must have the dtype of input, {input.dtype}, where target holds class indices, "
+            f"got {weight.dtype}"
+        )
+    if label_smoothing > 0.0 and rank == 1 and target.dim() == 1:
+        raise RuntimeError("target must have shape () for a 1-D input with label_smoothing, got (1,)")
+
+
+def _check_index_shape(input, target):
+    """The shape of class indices whose batch size is right. PyTorch has three types for this."""
+    rank = input.dim()
+    kind = None
+    if rank == 1:
+        if target.dim() > 1:
+            kind = RuntimeError
+        elif target.numel() != 1:
+            kind = ValueError
+    elif target.dim() == 0:  # passes for 0 where the batch is empty
+        kind = IndexError if rank == 2 else RuntimeError
+    elif target.shape[1:] != input.shape[2:]:
+        kind = RuntimeError
+    if kind:
+        raise kind(_expected_target_shape(input, target))
+
+
+def _expected_target_shape(input, target) -> str:
+    shape = tuple(input.shape)
+    indices = "() or (1,)" if len(shape) == 1 else shape[:1] + shape[2:]
+    return (
+        f"Expected target size {indices} for class indices, or {shape} for class probabilities, "
+        f"with an input of shape {shape}, got {tuple(target.shape)}"
+    )
+
+
+def _check_weight_shape(input, weight):
+    classes = _classes(input)
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {classes} classes or no classes but got weight "
+            f"tensor of shape: {tuple(weight.shape)}; expected ({classes},) for an input of shape "
+            f"{tuple(input.shape)}"
+        )
+
+
+def _check_logits_dtype(input, autocast):
+    if _computed_dtype(input, autocast) not in _LOGITS:
+        raise _logits_dtype_error(input)
+
+
+def _logits_dtype_error(input):
+    return NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+
+
+def _check_devices(input, target, weight):
+    device = input.device
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"{name} must be on the device of input, {device}, got {tensor.device}")
+
+
+def _classes(input) -> int:
+    if input.dim() == 0:
+        raise IndexError("input must have shape (C), (N, C) or (N, C, d1, ...), got ()")
+    return input.shape[0 if input.dim() == 1 else 1]
+
+
+def _computed_dtype(tensor, autocast) -> torch.dtype:
+    """The dtype that autocast lets the operation see: it makes float32 of all floats but float64."""
+    if autocast and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return torch.float32
+    return tensor.dtype
+
+
+def _is_float8(dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _described(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return type(value).__name__
+
+
+def bad_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for the first class index that is neither in [0, classes) nor `ignore_index`.
+
+    `target` holds class indices of any shape, in int64 or uint8. This reads them, so on a GPU it waits. For a
+    uint8 index of 128 or more PyTorch prints a raw byte and fails with UnicodeDecodeError; this does not.
+    """
+    if not target.numel():
+        return
+    low, high = torch.aminmax(target)
+    if low.item() >= 0 and high.item() < classes:
+        return
+    values = target.long()  # a uint8 tensor would wrap the number that it is compared with
+    bad = values < 0
+    bad |= values >= classes
+    bad &= values != ignore_index
+    if bad.any().item():
+        row = bad.nonzero()[0].tolist()
+        value = values[tuple(row)].item()
+        raise IndexError(
+            f"Target {value} is out of bounds. target{row or ''} is {value}; expected a class index in "
+            f"[0, {classes}) or ignore_index, {ignore_index}"
+        )

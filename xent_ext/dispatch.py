@@ -1,0 +1,97 @@
+"""Which implementation takes a call, and why.
+
+    logits on                     implementation
+    CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
+    CPU                           `xent_ext.cpu`; PyTorch's own for small logits, where it is faster
+    anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`
+    the implementations don't do
+
+`XENT_EXT_BACKEND`, read when the package is imported, overrides this: `torch` gives every call to PyTorch,
+`triton` gives CPU tensors to the Triton kernels too (under Triton's interpreter, or a driver that runs on the
+CPU). `XENT_EXT_CHECK=1` has class indices checked on every device, at the price of a synchronisation.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+BACKENDS = ("auto", "triton", "torch")
+BACKEND = os.environ.get("XENT_EXT_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ValueError(f"XENT_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {BACKEND!r}")
+
+CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
+
+# Below this many logits PyTorch's few fixed microseconds beat the saved passes over the logits.
+SMALL = 1 << 15
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def implementation(name):
+    """The module that implements `forward` and `backward`; Triton is imported when a call first needs it."""
+    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels.launch"}[name])
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_small(input):
+    """Whether PyTorch's own takes the call before its arguments are looked at."""
+    return BACKEND == "auto" and isinstance(input, torch.Tensor) and input.is_cpu and input.numel() < SMALL
+
+
+def is_autocast(input):
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def route(input, target, weight):
+    """(name of the implementation: "triton", "cpu" or "torch"; why) for checked arguments."""
+    if BACKEND == "torch":
+        return "torch", "XENT_EXT_BACKEND=torch"
+    if reason := unsupported(input, target, weight):
+        return "torch", reason
+    if input.is_cuda or BACKEND == "triton":
+        if not has_triton():
+            return "torch", "Triton is not installed"
+        return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
+    if input.device.type != "cpu":
+        return "torch", f"no implementation for device type {input.device.type!r}"
+    if is_small(input):
+        return "torch", f"fewer than {SMALL} logits on a CPU"
+    return "cpu", "the logits are on a CPU"
+
+
+def unsupported(input, target, weight):
+    """Why neither the kernels nor the CPU implementation can take the call, or None."""
+    for tensor in (input, target, weight):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            return f"tensor subclass {type(tensor).__name__}"
+        if tensor.layout is not torch.strided:
+            return f"layout {tensor.layout}"
+        if tensor.is_neg():
+            return "negative view"
+    if input.dtype not in DTYPES:
+        return f"dtype {input.dtype}"
+    if input.numel() == 0 or target.numel() == 0:
+        return "nothing to compute"
+    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
+        return "a gradient with respect to the target or the weight is wanted"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is active"
+    return None

@@ -1,0 +1,100 @@
+"""How tensors of any shape that the loss takes are seen by the implementations: as (outer, inner, class)."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of one shape as (outer, inner, class), each with three strides in elements.
+
+    Row (o, i) of the batch has the number o * row_outer + i * row_inner in row-major order.
+    """
+
+    outer: int
+    inner: int
+    classes: int
+    row_outer: int
+    row_inner: int
+    strides: tuple  # for each tensor: (outer, inner, class)
+
+    @property
+    def rows(self):
+        return self.outer * self.inner
+
+
+def layout(shape, *strides):
+    """See tensors of shape (C), (N, C) or (N, C, d1, ...) as (outer, inner, class), or return None.
+
+    The dimensions of the batch merge where the strides of every tensor allow it; more than two that do not
+    merge fit no such view, and such tensors must be copied.
+    """
+    axis = class_axis(shape)
+    groups = []  # (size, row stride, stride for each tensor), innermost first
+    rows = 1
+    for d in reversed(range(len(shape))):
+        size = shape[d]
+        if d == axis or size == 1:
+            continue
+        steps = tuple(s[d] for s in strides)
+        if groups and all(a == b * groups[-1][0] for a, b in zip(steps, groups[-1][2], strict=True)):
+            groups[-1] = (groups[-1][0] * size, *groups[-1][1:])
+        else:
+            groups.append((size, rows, steps))
+        rows *= size
+    if len(groups) > 2:
+        return None
+    # A stride of 0 is a multiple of every vector width, which is what a dimension of size 1 is.
+    while len(groups) < 2:
+        groups.append((1, 0, (0,) * len(strides)))
+    inner, outer = groups
+    # Tiles run along inner. Where rows are not neighbours in memory, the longer dimension makes fuller tiles.
+    if inner[2][0] != 1 and outer[0] > inner[0]:
+        inner, outer = outer, inner
+    return Layout(
+        outer=outer[0],
+        inner=inner[0],
+        classes=shape[axis],
+        row_outer=outer[1],
+        row_inner=inner[1],
+        strides=tuple((o, i, s[axis]) for o, i, s in zip(outer[2], inner[2], strides, strict=True)),
+    )
+
+
+def class_axis(shape):
+    return 0 if len(shape) == 1 else 1
+
+
+def batch_shape(shape):
+    """Shape of the row losses: without the class dimension."""
+    return shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+
+
+def arrange(input, q):
+    """Input and probabilities (or None) with the layout that they share with the gradient, in that order.
+
+    The layout's strides are the input's, the gradient's and the probabilities'; the gradient is to be made as
+    `torch.empty_like` of the input returned. Tensors that fit no common layout are copied.
+    """
+    attempts = (
+        lambda: (input, q),
+        lambda: (input, contiguous(q)),
+        lambda: (contiguous(input), contiguous(q)),
+    )
+    for attempt in attempts:
+        x, q = attempt()
+        g_stride = gradient_stride(x)
+        found = layout(x.shape, x.stride(), g_stride, g_stride if q is None else q.stride())
+        if found is not None:
+            return x, q, found
+    raise AssertionError("contiguous tensors always have a layout")
+
+
+def contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def gradient_stride(input):
+    """Strides of torch.empty_like(input): the input's own where it is dense."""
+    return input.stride() if input.is_contiguous() else torch.empty_like(input, device="meta").stride()
