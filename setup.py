@@ -24,7 +24,7 @@ setup(
     package_dir={"xent_ext": "xent_ext", "xent_ext.kernels": "kernels"},
     package_data={"xent_ext": ["py.typed"]},
     install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"'],
-    extras_require={"test": TEST + ["scikit-learn", "matplotlib", "tqdm"], "bench": BENCH},
+    extras_require={"test": [*TEST, *BENCH], "bench": BENCH},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

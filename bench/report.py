@@ -119,9 +119,7 @@ def plot_times(axes, summary: dict):
     parts = {
         "loss, forward": [side["loss_forward_ms"] for side in summary.values()],
         "loss, backward": [side["loss_backward_ms"] for side in summary.values()],
-        "the rest": [
-            side["step_ms"] - side["loss_forward_ms"] - side["loss_backward_ms"] for side in summary.values()
-        ],
+        "the rest": [side["step_ms"] - side["loss_forward_ms"] - side["loss_backward_ms"] for side in summary.values()],
     }
     below = [0.0] * len(summary)
     for label, heights in parts.items():

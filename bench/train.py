@@ -150,9 +150,7 @@ def train(sides: dict[str, Side], task, steps: int, clock):
                 train_step(side, inputs, target, clock)
             # Whoever goes second finds warmer caches: take turns.
             order.reverse()
-            progress.set_postfix(
-                {name: f"{side.losses[-1]:.4f}" for name, side in sides.items()}, refresh=False
-            )
+            progress.set_postfix({name: f"{side.losses[-1]:.4f}" for name, side in sides.items()}, refresh=False)
 
 
 def train_step(side: Side, inputs, target, clock):

@@ -37,9 +37,7 @@ def block_gradient(
     z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
     b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
     g = tl.where(mask, row_gradient(exponentials(z, m), b, s, mass, scale), 0.0)
-    tl.store(
-        tile_pointers(g_rows, c, g_class, WIDE), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside
-    )
+    tl.store(tile_pointers(g_rows, c, g_class, WIDE), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside)
 
 
 @triton.jit

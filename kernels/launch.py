@@ -46,9 +46,7 @@ def forward(problem, input, target, weight, want_gradient):
     with on_device(input):
         normalizer = call.normalizer()
         made = torch.empty_like(call.input) if want_gradient and not per_row else None
-        summary = (
-            call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
-        )
+        summary = call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
         if per_row:
             losses = loss = torch.empty(batch_shape(input.shape), dtype=problem.dtype, device=input.device)
         else:

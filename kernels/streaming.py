@@ -84,9 +84,7 @@ def streaming(
         mass_block = tl.zeros((ROWS,), ACC)
         dot_block = tl.zeros((ROWS,), ACC)
         if SMOOTH or q_ptr is not None:
-            b = tile_mass(
-                q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC
-            )
+            b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
             mass_block = tl.sum(b, 1)
             dot_block = dense_dot(b, z, m_block, mask)
         m, s, mass, dot = merge(m, s, mass, dot, m_block, s_block, mass_block, dot_block)
@@ -102,7 +100,7 @@ def streaming(
         scale = row_scale(None, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
         g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE)
         blocks = tl.cdiv(classes, BLOCK)
-        for k in range(0, blocks):
+        for k in range(blocks):
             c = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
             block_gradient(
                 x_rows,

@@ -195,8 +195,7 @@ def _check_indices(input, target, weight, label_smoothing, autocast):
         raise RuntimeError(f"target must be int64 for an input of shape {tuple(input.shape)}, got uint8")
     if weight is not None and _computed_dtype(weight, autocast) != _computed_dtype(input, autocast):
         raise RuntimeError(
-            f"weight must have the dtype of input, {input.dtype}, where target holds class indices, "
-            f"got {weight.dtype}"
+            f"weight must have the dtype of input, {input.dtype}, where target holds class indices, got {weight.dtype}"
         )
     if label_smoothing > 0.0 and rank == 1 and target.dim() == 1:
         raise RuntimeError("target must have shape () for a 1-D input with label_smoothing, got (1,)")

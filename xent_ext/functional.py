@@ -68,9 +68,7 @@ def cross_entropy(
     return autograd.apply(dispatch.implementation(name), problem, input, target, weight)
 
 
-def prepare(
-    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, check_values=False
-):
+def prepare(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, check_values=False):
     """Check a call's arguments; return the name of its implementation and its Problem."""
     reduction = checks.reduction_name(size_average, reduce, reduction)
     ignore_index = checks.integer_ignore_index(ignore_index)

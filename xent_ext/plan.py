@@ -64,9 +64,7 @@ def plan(layout, itemsize, device):
         packed = max(PACKED_TILE // width, fewest)
         return _plan("resident", layout, packed, width, device)
     rows = STREAMED_ROWS if neighbours else 1
-    return _plan(
-        "streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device
-    )
+    return _plan("streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device)
 
 
 def gradient_plan(layout, forward):
