@@ -5,7 +5,14 @@ formula is `xent_ext.reference`'s in the form of kernels/math.py, with m the max
 
     e = exp(z - m),  s = sum e,  mass = sum b,  dot = sum b * (z - m)
     row loss = mass * log(s) - dot,   row gradient = mass * e / s - b
+
+What belongs to a row is computed for all rows at once where it can be: an operator costs its dispatch for every
+block.
 """
+
+import itertools
+import threading
+from typing import NamedTuple
 
 import torch
 
@@ -13,10 +20,10 @@ from . import checks
 from .layout import arrange, batch_shape, class_axis
 from .reference import accumulation_dtype
 
-# Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs
-# its dispatch and its hand-over to the other threads, small enough that it stays in cache with its gradient.
-BLOCK_BYTES = 2 << 20
-# From this width on torch.softmax, which takes row by row, beats an exponential and a sum by block.
+# Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
+# dispatch and its hand-over to the other threads, small enough for the last-level cache.
+BLOCK_BYTES = 4 << 20
+# From this width on torch.softmax, which takes row by row, beats a difference, an exponential and a sum by block.
 SOFTMAX_WIDTH = 64
 
 
@@ -26,13 +33,12 @@ def forward(problem, input, target, weight, want_gradient):
         checks.bad_target(target, input.shape[class_axis(input.shape)], problem.ignore_index)
     rows = Rows(problem, input, target, weight)
     gradient = torch.empty_like(rows.input) if want_gradient and problem.reduction != "none" else None
-    losses = torch.zeros(rows.layout.rows, dtype=rows.acc)
-    rows.walk(losses, gradient, None)
+    losses = rows.walk(gradient)
     if problem.reduction == "none":
-        loss = losses.view(batch_shape(input.shape))
-    else:
-        loss = losses.sum() / rows.normalizer()
-    return loss.to(problem.dtype), gradient, None, None
+        loss = torch.empty(batch_shape(input.shape), dtype=problem.dtype)
+        rows.by_row(loss).copy_(losses)
+        return loss, None, None, None
+    return (losses.sum() / rows.normalizer()).to(problem.dtype), gradient, None, None
 
 
 def backward(problem, input, target, weight, made, normalizer, summary, upstream):
@@ -41,21 +47,37 @@ def backward(problem, input, target, weight, made, normalizer, summary, upstream
         return made
     rows = Rows(problem, input, target, weight)
     gradient = torch.empty_like(rows.input) if made is None else made
-    rows.walk(None, gradient, upstream)
+    rows.walk(gradient, upstream)
     return gradient
 
 
-def blocks(shape, row_bytes):
-    """Index pairs that cut (outer, inner) rows into blocks: some outers, or a part of one."""
-    outer, inner = shape
-    count = max(BLOCK_BYTES // row_bytes, 1)
-    if inner > count:
-        for o in range(outer):
-            for i in range(0, inner, count):
-                yield slice(o, o + 1), slice(i, i + count)
-    else:
-        for o in range(0, outer, count // inner):
-            yield slice(o, o + count // inner), slice(None)
+_kept = threading.local()
+
+
+def buffer(like, dtype):
+    """Memory of the shape and order of `like`, a block of logits, kept for the thread's next block and next call.
+
+    The system's allocator hands memory of this size back at once, and to fault it in again costs more than to use it.
+    """
+    size = like.numel() * dtype.itemsize
+    memory = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < size:
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    _, inner, classes = like.shape
+    order = (inner * classes, 1, inner) if like.stride(1) < like.stride(2) else (inner * classes, classes, 1)
+    return memory[:size].view(dtype).as_strided(like.shape, order)
+
+
+class RowValues(NamedTuple):
+    """One number for each row of a call, or of a block."""
+
+    scale: torch.Tensor  # upstream gradient over the normaliser
+    point: torch.Tensor  # mass at the class index beside the dense mass; 0 for probabilities
+    z: torch.Tensor  # logit at the class index
+    m: torch.Tensor
+    s: torch.Tensor
+    mass: torch.Tensor
+    dot: torch.Tensor
 
 
 class Rows:
@@ -66,13 +88,13 @@ class Rows:
         self.acc = accumulation_dtype(problem.dtype)
         self.input, q, self.layout = arrange(input, target if problem.probabilities else None)
         self.shape = (self.layout.outer, self.layout.inner)
-        self.x = self.by_class(self.input, 0)
         self.weight = None if weight is None else weight.to(self.acc)
-        self.ignored = self.point = self.index = self.q = None
+        self.x = self.by_class(self.input, 0)
+        self.q = self.index = self.ignored = self.weights = None
         if problem.probabilities:
             self.q = self.by_class(q, 2)
         else:
-            self.read_index(target)
+            self.read_index(self.by_row(target).long())
         self.dense = problem.probabilities or problem.label_smoothing > 0
 
     def by_class(self, tensor, which):
@@ -83,91 +105,103 @@ class Rows:
     def by_row(self, tensor):
         """A tensor with one value for each row as (outer, inner)."""
         flat = tensor.reshape(-1)
-        return flat.as_strided(
-            self.shape,
-            [s * flat.stride(0) for s in (self.layout.row_outer, self.layout.row_inner)],
-            flat.storage_offset(),
-        )
+        steps = [s * flat.stride(0) for s in (self.layout.row_outer, self.layout.row_inner)]
+        return flat.as_strided(self.shape, steps, flat.storage_offset())
 
-    def read_index(self, target):
-        """Class indices; mask of the ignored rows, or None if there are none; mass at the index, (1 - eps) * w_t."""
-        index = self.by_row(target).long()
+    def read_index(self, index):
+        """Class indices; mask of the ignored rows, or None if there are none; weight of each row's class."""
         ignored = index == self.problem.ignore_index
         if ignored.any():
             self.ignored = ignored
             index = index.masked_fill(ignored, 0)
-        self.index = index.unsqueeze(-1)
-        self.point = torch.ones(self.shape, dtype=self.acc) if self.weight is None else self.weight[index]
+        self.index = index
+        self.weights = torch.ones(self.shape, dtype=self.acc) if self.weight is None else self.weight[index]
         if self.ignored is not None:
-            self.point.masked_fill_(ignored, 0)
+            self.weights.masked_fill_(ignored, 0)
 
     def normalizer(self):
         if self.problem.reduction != "mean":
             return 1.0
-        return float(self.layout.rows) if self.problem.probabilities else self.point.sum()
+        return float(self.layout.rows) if self.problem.probabilities else self.weights.sum()
 
-    def walk(self, losses, gradient, upstream):
-        """Fill `losses`, one for each row, and `gradient`; either may be None. `upstream` of None is 1."""
-        scale = torch.ones((), dtype=self.acc) if upstream is None else upstream.to(self.acc)
-        scale = (self.by_row(scale) if scale.dim() else scale).div(self.normalizer()).expand(self.shape)
-        losses = None if losses is None else self.by_row(losses)
+    def blocks(self, tensor, dim=0):
+        """The pieces of a tensor (..., outer, inner, ...), with outer at `dim`, for one block each.
+
+        A block is some outers, or a part of one.
+        """
+        if tensor is None:
+            return itertools.repeat(None)
+        outer, inner = self.shape
+        rows = max(BLOCK_BYTES // (self.layout.classes * self.acc.itemsize), 1)
+        if outer * inner <= rows:
+            return (tensor,)
+        if inner <= rows:
+            return tensor.split(rows // inner, dim)
+        return [piece for one in tensor.split(1, dim) for piece in one.split(rows, dim + 1)]
+
+    def walk(self, gradient, upstream=None):
+        """Row losses, (outer, inner). The gradient times `upstream` (None: 1) is written, if one is wanted."""
         g = None if gradient is None else self.by_class(gradient, 1)
-        for part in blocks(self.shape, self.layout.classes * self.acc.itemsize):
-            if self.ignored is not None and self.ignored[part].all():
-                if g is not None:
-                    g[part] = 0
-                continue
-            loss = self.block(part, None if g is None else g[part], scale[part])
-            if losses is not None:
-                losses[part] = loss
+        values = torch.empty((len(RowValues._fields), *self.shape), dtype=self.acc)
+        row = RowValues(*values.unbind())
+        row.scale.copy_(1 if upstream is None else self.by_row(upstream) if upstream.dim() else upstream)
+        row.scale.div_(self.normalizer())
+        row.point.copy_(0 if self.q is not None else self.weights * (1 - self.problem.label_smoothing))
+        row.mass.copy_(row.point)
+        pieces = [self.blocks(tensor) for tensor in (self.x, g, self.q, self.index, self.ignored)]
+        for *tensors, block in zip(*pieces, self.blocks(values, 1), strict=False):
+            self.block(*tensors, RowValues(*block.unbind()))
+        losses = row.mass * row.s.log() - row.dot
+        return losses if self.ignored is None else losses.masked_fill_(self.ignored, 0)
 
-    def block(self, part, g, scale):
-        """Losses of a block of rows; their gradient times `scale` is written to g, unless that is None."""
-        x = self.x[part].to(self.acc)
-        e = g if g is not None and g.dtype == self.acc else torch.empty_like(x)
-        m = x.amax(-1)
-        m.masked_fill_(m == -torch.inf, 0)
-        ignored = None if self.ignored is None else self.ignored[part]
-
-        mass = dot = 0
-        if not self.problem.probabilities:
-            index = self.index[part]
-            point = self.point[part] * (1 - self.problem.label_smoothing)
-            mass, dot = point, point * (x.gather(-1, index).squeeze(-1) - m)
+    def block(self, x, g, q, index, ignored, row):
+        """Fill in the values of a block's rows; write their gradient to g, unless that is None."""
+        if ignored is not None and ignored.all():
+            if g is not None:
+                g.zero_()
+            return
+        # Half precision is widened into the buffer, and replaced there by its exponentials.
+        e = g if g is not None and x.dtype == self.acc else buffer(x, self.acc)
+        if x.dtype != self.acc:
+            x = e.copy_(x)
+        torch.amax(x, -1, out=row.m)
+        if index is not None:
+            # A gather is quick where the dimension is not the last.
+            torch.gather(x.transpose(1, 2), 1, index.unsqueeze(1), out=row.z.unsqueeze(1))
+            torch.mul(row.point, row.z - row.m, out=row.dot)
         if self.dense:
-            torch.sub(x, m.unsqueeze(-1), out=e)
-            b = self.dense_mass(part)
-            mass = mass + b.expand(e.shape).sum(-1)
-            dot = dot + (b * e.sum(-1) if b.dim() == 0 else (b * e).sum(-1))
-        s, total = self.exponentials(x, m, e)
+            torch.sub(x, row.m.unsqueeze(-1), out=e)
+            b = self.dense_mass(q)
+            row.mass.add_(b.expand(e.shape).sum(-1))
+            dot = b * e.sum(-1) if b.dim() == 0 else (b * e).sum(-1)
+            row.dot.copy_(dot if index is None else dot.add_(row.dot))
+        total = self.exponentials(x, e, row)
+        if g is None:
+            return
+        e.mul_((row.mass * row.scale / total).unsqueeze(-1))
+        if self.dense:
+            e.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
+        if index is not None:
+            e.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), (row.point * -row.scale).unsqueeze(1))
+        if ignored is not None:
+            e.masked_fill_(ignored.unsqueeze(-1), 0)
+        if e is not g:
+            g.copy_(e)
 
-        if g is not None:
-            e.mul_((mass * scale / total).unsqueeze(-1))
-            if self.dense:
-                e.addcmul_(b, scale.unsqueeze(-1), value=-1)
-            if not self.problem.probabilities:
-                e.scatter_add_(-1, index, (point * -scale).unsqueeze(-1))
-            if ignored is not None:
-                e.masked_fill_(ignored.unsqueeze(-1), 0)
-            if e is not g:
-                g.copy_(e)
-        loss = mass * s.log() - dot
-        return loss if ignored is None else loss.masked_fill_(ignored, 0)
-
-    def exponentials(self, x, m, e):
-        """Write exp(x - m) times total / s to e; returns s and total. Where `dense`, e already holds x - m."""
+    def exponentials(self, x, e, row):
+        """Write exp(x - m) * total / s to e, and s; returns total. Where `dense`, e holds x - m already."""
         if not self.dense and x.shape[-1] >= SOFTMAX_WIDTH:
             torch.softmax(x, -1, out=e)
-            return 1 / e.amax(-1), 1
+            torch.reciprocal(e.amax(-1), out=row.s)
+            return 1
         if not self.dense:
-            torch.sub(x, m.unsqueeze(-1), out=e)
-        s = e.exp_().sum(-1)
-        return s, s
+            torch.sub(x, row.m.unsqueeze(-1), out=e)
+        return torch.sum(e.exp_(), -1, out=row.s)
 
-    def dense_mass(self, part):
-        """The part of the target mass that every class has, as (), (C) or (outer, inner, C)."""
+    def dense_mass(self, q):
+        """The mass that every class has beside the point mass, as (), (C) or (outer, inner, C)."""
         eps = self.problem.label_smoothing
         b = torch.tensor(eps / self.layout.classes, dtype=self.acc)
-        if self.problem.probabilities:
-            b = b + (1 - eps) * self.q[part].to(self.acc)
+        if q is not None:
+            b = b + (1 - eps) * q.to(self.acc)
         return b if self.weight is None else b * self.weight

@@ -19,6 +19,8 @@ import os
 import torch
 from torch.autograd import forward_ad
 
+from .layout import class_axis
+
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("XENT_EXT_BACKEND", "auto")
 if BACKEND not in BACKENDS:
@@ -26,8 +28,11 @@ if BACKEND not in BACKENDS:
 
 CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
 
-# Below this many logits PyTorch's few fixed microseconds beat the saved passes over the logits.
-SMALL = 1 << 15
+# Below this many logits PyTorch's own few operators beat the passes over memory that this package saves: with C at
+# least NARROW, by bytes of a logit; and below that, where PyTorch's softmax does not fill its vector registers.
+SMALL = {2: 1 << 22, 4: 1 << 20, 8: 1 << 20}
+SMALL_NARROW = 1 << 15
+NARROW = 64
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -46,7 +51,12 @@ def has_triton():
 
 def is_small(input):
     """Whether PyTorch's own takes the call before its arguments are looked at."""
-    return BACKEND == "auto" and isinstance(input, torch.Tensor) and input.is_cpu and input.numel() < SMALL
+    if BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
+        return False
+    size = input.numel()
+    if size < SMALL_NARROW:
+        return True
+    return size < SMALL.get(input.element_size(), 0) and input.shape[class_axis(input.shape)] >= NARROW
 
 
 def is_autocast(input):
@@ -67,7 +77,7 @@ def route(input, target, weight):
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
     if is_small(input):
-        return "torch", f"fewer than {SMALL} logits on a CPU"
+        return "torch", "few logits on a CPU, where PyTorch's own is faster"
     return "cpu", "the logits are on a CPU"
 
 
