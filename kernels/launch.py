@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..layout import arrange, batch_shape
-from ..plan import REDUCTION, Device, gradient_plan, is_wide, parts, plan
+from ..plan import REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
 from .normalizer import normalizer_parts, sum_parts
@@ -68,6 +68,28 @@ def backward(problem, input, target, weight, made, normalizer, summary, upstream
         out = torch.empty_like(call.input) if made is None else made
         call.gradient(out, normalizer, summary, upstream.contiguous(), remake=made is not None)
     return out
+
+
+def traffic(problem, input, target, weight, want_gradient):
+    """What a call moves and allocates, forward and backward, without running it."""
+    call = Call(problem, input, target, weight)
+    plan, rows = call.plan, call.layout.rows
+    logits, acc = input.numel() * input.element_size(), call.acc.itemsize
+    deferred = want_gradient and problem.reduction == "none"
+    summary = 3 * rows * acc if want_gradient and plan.schedule == "streaming" else 0
+    # A streamed row is read again for its gradient, and so is every row whose gradient is deferred.
+    walks = 2 if want_gradient and (deferred or plan.schedule == "streaming") else 1
+    losses = rows * problem.dtype.itemsize if problem.reduction == "none" else plan.programs * acc
+    gradient = logits if want_gradient else 0
+    copies = sum(
+        new.numel() * new.element_size()
+        for new, old in ((call.input, input), (call.q, target), (call.target, target), (call.weight, weight))
+        if new is not None and new is not old
+    )
+    reads = walks * (logits + target.numel() * target.element_size()) + summary + copies
+    new = gradient + summary + losses + copies
+    numbers = {"ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps, "programs": plan.programs}
+    return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new, memory=new)
 
 
 def on_device(tensor):

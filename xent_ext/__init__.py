@@ -1,8 +1,9 @@
-"""Fused softmax cross-entropy for PyTorch."""
+"""Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss."""
 
+from .explain import Explanation, explain
 from .functional import cross_entropy
 from .modules import CrossEntropyLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "Explanation", "cross_entropy", "explain"]

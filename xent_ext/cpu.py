@@ -18,6 +18,7 @@ import torch
 
 from . import checks
 from .layout import arrange, batch_shape, class_axis
+from .plan import Traffic
 from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
@@ -49,6 +50,31 @@ def backward(problem, input, target, weight, made, normalizer, summary, upstream
     gradient = torch.empty_like(rows.input) if made is None else made
     rows.walk(gradient, upstream)
     return gradient
+
+
+def traffic(problem, input, target, weight, want_gradient):
+    """What a call moves and allocates, forward and backward, without running it."""
+    x, _, layout = arrange(input, target if problem.probabilities else None)
+    acc = accumulation_dtype(problem.dtype)
+    block = min(rows_per_block(layout, acc), layout.rows)
+    logits = input.numel() * input.element_size()
+    gradient = logits if want_gradient else 0
+    copies = 0 if x is input else logits
+    buffered = not want_gradient or problem.reduction == "none" or input.dtype != acc
+    kept = block * layout.classes * acc.itemsize if buffered else 0
+    values = len(RowValues._fields) * layout.rows * acc.itemsize
+    walks = 2 if want_gradient and problem.reduction == "none" else 1
+    return Traffic(
+        schedule="blocks of rows",
+        numbers={"rows": block, "blocks": -(-layout.rows // block)},
+        bytes_read=walks * (logits + target.numel() * target.element_size()) + copies,
+        bytes_written=gradient + copies,
+        memory=gradient + copies + kept + values,
+    )
+
+
+def rows_per_block(layout, acc):
+    return max(BLOCK_BYTES // (layout.classes * acc.itemsize), 1)
 
 
 _kept = threading.local()
@@ -132,7 +158,7 @@ class Rows:
         if tensor is None:
             return itertools.repeat(None)
         outer, inner = self.shape
-        rows = max(BLOCK_BYTES // (self.layout.classes * self.acc.itemsize), 1)
+        rows = rows_per_block(self.layout, self.acc)
         if outer * inner <= rows:
             return (tensor,)
         if inner <= rows:

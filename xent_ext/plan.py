@@ -28,6 +28,17 @@ class Plan:
     programs: int
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """How an implementation walks the logits of a call, and what that costs."""
+
+    schedule: str
+    numbers: dict  # launch numbers of the schedule
+    bytes_read: int  # forward and backward, with the upstream gradient that was expected
+    bytes_written: int
+    memory: int  # bytes allocated beyond the arguments, the gradient included
+
+
 def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 

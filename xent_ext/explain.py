@@ -1,0 +1,58 @@
+"""Why a call runs as it does: `xent_ext.explain`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import dispatch
+from .functional import prepare
+from .plan import Traffic
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns. The traffic is None where PyTorch's own takes the call."""
+
+    implementation: str  # "triton", "cpu" or "torch"
+    reason: str
+    traffic: Traffic | None = None
+
+    def __str__(self):
+        lines = [f"implementation  {self.implementation}: {self.reason}"]
+        if self.traffic:
+            t = self.traffic
+            numbers = ", ".join(f"{name} {value}" for name, value in t.numbers.items())
+            lines += [
+                f"schedule        {t.schedule}: {numbers}",
+                f"bytes           {t.bytes_read:,} read, {t.bytes_written:,} written",
+                f"memory          {t.memory:,} bytes, the gradient included",
+            ]
+        return "\n".join(lines)
+
+
+def explain(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    """Print, and return as an `Explanation`, how `cross_entropy` would run this call. Nothing is computed.
+
+    Takes the arguments of `xent_ext.cross_entropy` and raises the same errors. The numbers count a gradient if
+    `input` requires one (and gradients are enabled); bytes are those of the tensors, each counted as often as a
+    schedule walks over it.
+    """
+    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    problem = prepare(*arguments)[1]
+    name, reason = dispatch.route(input, target, weight)
+    traffic = None
+    if name != "torch":
+        want_gradient = torch.is_grad_enabled() and input.requires_grad
+        traffic = dispatch.implementation(name).traffic(problem, input, target, weight, want_gradient)
+    explanation = Explanation(name, reason, traffic)
+    print(explanation)
+    return explanation
