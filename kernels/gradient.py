@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .math import exponentials, row_gradient
-from .tile import class_index, index_mass, program_rows, row_pointers, row_scale, tile_mass, tile_pointers
+from .tile import class_index, class_mask, index_mass, program_rows, row_pointers, row_scale, tile_mass, tile_pointers
 
 
 @triton.jit
@@ -29,15 +29,21 @@ def block_gradient(
     classes,
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Read the logits of the classes c and write their gradient. Ignored rows are not read and get zeros."""
-    inside = (c < classes)[None, :]
+    inside = class_mask(c, classes, CLASS_VEC)[None, :]
     mask = counted[:, None] & inside
-    z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
-    b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
+    z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
+    b = tile_mass(
+        q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
+    )
     g = tl.where(mask, row_gradient(exponentials(z, m), b, s, mass, scale), 0.0)
-    tl.store(tile_pointers(g_rows, c, g_class, WIDE), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside)
+    tl.store(
+        tile_pointers(g_rows, c, g_class, WIDE, ROW_VEC), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside
+    )
 
 
 @triton.jit
@@ -92,6 +98,8 @@ def gradient(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
     if REMAKE:
@@ -99,7 +107,7 @@ def gradient(
             return
     blocks = tl.cdiv(classes, BLOCK)
     pid = tl.program_id(0)
-    outer, first, row, live = program_rows(pid // blocks, inner, row_outer, row_inner, ROWS)
+    outer, first, row, live = program_rows(pid // blocks, inner, row_outer, row_inner, ROWS, ROW_VEC)
     c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     t = None
     point = None
@@ -109,13 +117,13 @@ def gradient(
         point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE)
+        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
     m, s, mass = load_summary(summary_ptr, rows, row, counted)
     scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
     block_gradient(
-        row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE),
+        row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC),
         q_rows,
-        row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE),
+        row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC),
         weight_ptr,
         x_class,
         q_class,
@@ -133,5 +141,7 @@ def gradient(
         classes,
         SMOOTH,
         WIDE,
+        CLASS_VEC,
+        ROW_VEC,
         ACC,
     )

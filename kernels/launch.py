@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..layout import arrange, batch_shape
-from ..plan import REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan
+from ..plan import REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan, vectors
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
 from .normalizer import normalizer_parts, sum_parts
@@ -178,6 +178,7 @@ class Call:
         """What the schedules' kernels have in common."""
         problem, layout = self.problem, self.layout
         x, g, q = layout.strides
+        class_vec, row_vec = vectors(layout, self.input.element_size())
         return {
             "x_ptr": self.input, "target_ptr": self.target, "q_ptr": self.q, "weight_ptr": self.weight,
             "normalizer_ptr": normalizer, "grad_ptr": gradient,
@@ -189,6 +190,7 @@ class Call:
             "ignore_index": problem.ignore_index, "smoothing": problem.label_smoothing, "divisor": self.divisor,
             "SMOOTH": problem.label_smoothing > 0, "PER_ROW": problem.reduction == "none",
             "PARTS": 1 if normalizer is None else normalizer.numel(),
-            "WIDE": is_wide(layout, plan), "ACC": TRITON_DTYPE[self.acc],
+            "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
+            "ACC": TRITON_DTYPE[self.acc],
             "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps,
         }  # fmt: skip

@@ -6,6 +6,7 @@ import triton.language as tl
 from .math import dense_dot, exponentials, point_dot, row_gradient, row_loss
 from .tile import (
     class_index,
+    class_mask,
     index_mass,
     program_rows,
     row_pointers,
@@ -49,14 +50,16 @@ def resident(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
     if REMAKE:
         if tl.load(upstream_ptr) == 1.0:
             return
-    outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS)
+    outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS, ROW_VEC)
     c = tl.arange(0, BLOCK)
-    inside = (c < classes)[None, :]
+    inside = class_mask(c, classes, CLASS_VEC)[None, :]
     t = None
     point = None
     q_rows = None
@@ -64,21 +67,23 @@ def resident(
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE)
+        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
 
     loss = tl.zeros((ROWS,), ACC)
     g = tl.zeros((ROWS, BLOCK), ACC)
     if tl.max(counted.to(tl.int32), 0) > 0:
         mask = counted[:, None] & inside
-        x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE)
-        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
+        x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
         m = tl.max(z, 1)
         e = exponentials(z, m)
         s = tl.sum(e, 1)
 
         if q_ptr is None:
             point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
-        b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
+        b = tile_mass(
+            q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
+        )
         if SMOOTH or q_ptr is not None:
             mass = tl.sum(b, 1)
             dot = dense_dot(b, z, m, mask)
@@ -95,9 +100,9 @@ def resident(
     if loss_ptr is not None:
         store_loss(loss_ptr, loss, row, live, counted, PER_ROW)
     if grad_ptr is not None:
-        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE)
+        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
         tl.store(
-            tile_pointers(g_rows, c, g_class, WIDE),
+            tile_pointers(g_rows, c, g_class, WIDE, ROW_VEC),
             g.to(grad_ptr.dtype.element_ty),
             mask=live[:, None] & inside,
         )

@@ -12,6 +12,7 @@ from .gradient import block_gradient, store_summary
 from .math import dense_dot, exponentials, merge, point_dot, row_loss
 from .tile import (
     class_index,
+    class_mask,
     index_mass,
     program_rows,
     row_pointers,
@@ -55,10 +56,12 @@ def streaming(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS)
-    x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE)
+    outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS, ROW_VEC)
+    x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
     t = None
     point = None
     q_rows = None
@@ -67,7 +70,7 @@ def streaming(
         point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE)
+        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
 
     m = tl.full((ROWS,), float("-inf"), ACC)
     s = tl.zeros((ROWS,), ACC)
@@ -77,14 +80,29 @@ def streaming(
     end = tl.where(tl.max(counted.to(tl.int32), 0) > 0, classes, 0)
     for start in range(0, end, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        mask = counted[:, None] & (c < classes)[None, :]
-        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE), mask=mask, other=float("-inf")).to(ACC)
+        mask = counted[:, None] & class_mask(c, classes, CLASS_VEC)[None, :]
+        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
         m_block = tl.max(z, 1)
         s_block = tl.sum(exponentials(z, m_block), 1)
         mass_block = tl.zeros((ROWS,), ACC)
         dot_block = tl.zeros((ROWS,), ACC)
         if SMOOTH or q_ptr is not None:
-            b = tile_mass(q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, ACC)
+            b = tile_mass(
+                q_rows,
+                weight_ptr,
+                q_class,
+                c,
+                t,
+                point,
+                mask,
+                smoothing,
+                classes,
+                SMOOTH,
+                WIDE,
+                CLASS_VEC,
+                ROW_VEC,
+                ACC,
+            )
             mass_block = tl.sum(b, 1)
             dot_block = dense_dot(b, z, m_block, mask)
         m, s, mass, dot = merge(m, s, mass, dot, m_block, s_block, mass_block, dot_block)
@@ -98,7 +116,7 @@ def streaming(
         store_summary(summary_ptr, rows, row, m, s, mass, counted)
     if grad_ptr is not None:
         scale = row_scale(None, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
-        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE)
+        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
         blocks = tl.cdiv(classes, BLOCK)
         for k in range(blocks):
             c = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
@@ -123,5 +141,7 @@ def streaming(
                 classes,
                 SMOOTH,
                 WIDE,
+                CLASS_VEC,
+                ROW_VEC,
                 ACC,
             )

@@ -3,6 +3,10 @@
 Logits of any layout are (outer, inner, class) with three strides. A program owns ROWS consecutive values of
 `inner` under one value of `outer`. Row (o, i) has the number o * row_outer + i * row_inner, which is where its
 target, its loss and its summary stand. Bases are 64-bit; offsets within a tile are 32-bit unless WIDE.
+
+Accesses are as wide as the compiler can prove aligned. Of an integer argument it knows at most that 16 divides it;
+CLASS_VEC says what divides the number of classes and the strides across which classes are neighbours in memory,
+ROW_VEC the same of rows. One of the two is 1.
 """
 
 import triton
@@ -12,30 +16,54 @@ from .math import dense_mass, point_mass
 
 
 @triton.jit
-def program_rows(pid, inner, row_outer, row_inner, ROWS: tl.constexpr):
+def multiple(x, VEC: tl.constexpr):
+    """x, which is a multiple of VEC, so that the compiler sees it."""
+    if VEC > 1:
+        x = x // VEC * VEC
+    return x
+
+
+@triton.jit
+def program_rows(pid, inner, row_outer, row_inner, ROWS: tl.constexpr, ROW_VEC: tl.constexpr):
     """(outer, first inner, row numbers, mask of the rows that exist) of program `pid`."""
     blocks = tl.cdiv(inner, ROWS)
     outer = (pid // blocks).to(tl.int64)
     first = ((pid % blocks) * ROWS).to(tl.int64)
     i = first + tl.arange(0, ROWS)
-    return outer, first, outer * row_outer + i * row_inner, i < inner
+    return outer, first, outer * row_outer + i * row_inner, i < multiple(inner, ROW_VEC)
 
 
 @triton.jit
-def row_pointers(ptr, outer, first, s_outer, s_inner, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def row_pointers(
+    ptr,
+    outer,
+    first,
+    s_outer,
+    s_inner,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
+):
     """Pointers to class 0 of the program's rows, [ROWS]."""
     lane = tl.arange(0, ROWS)
     if WIDE:
         lane = lane.to(tl.int64)
-    return ptr + outer * s_outer + first * s_inner + lane * s_inner
+    s_inner = multiple(s_inner, CLASS_VEC)
+    return ptr + outer * multiple(s_outer, CLASS_VEC * ROW_VEC) + first * s_inner + lane * s_inner
 
 
 @triton.jit
-def tile_pointers(rows, c, s_class, WIDE: tl.constexpr):
+def tile_pointers(rows, c, s_class, WIDE: tl.constexpr, ROW_VEC: tl.constexpr):
     """Pointers to the classes c of the rows, [ROWS, BLOCK]."""
     if WIDE:
         c = c.to(tl.int64)
-    return rows[:, None] + (c * s_class)[None, :]
+    return rows[:, None] + (c * multiple(s_class, ROW_VEC))[None, :]
+
+
+@triton.jit
+def class_mask(c, classes, CLASS_VEC: tl.constexpr):
+    return c < multiple(classes, CLASS_VEC)
 
 
 @triton.jit
@@ -72,6 +100,8 @@ def tile_mass(
     classes,
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
+    CLASS_VEC: tl.constexpr,
+    ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Target mass of the classes c, [ROWS, BLOCK], 0 outside `mask`.
@@ -80,13 +110,13 @@ def tile_mass(
     """
     b = tl.zeros(mask.shape, ACC)
     if SMOOTH or q_rows is not None:
-        inside = c < classes
+        inside = class_mask(c, classes, CLASS_VEC)
         w = tl.where(inside, 1.0, 0.0).to(ACC)
         if weight_ptr is not None:
             w = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
         q = None
         if q_rows is not None:
-            q = tl.load(tile_pointers(q_rows, c, q_class, WIDE), mask=mask, other=0.0).to(ACC)
+            q = tl.load(tile_pointers(q_rows, c, q_class, WIDE, ROW_VEC), mask=mask, other=0.0).to(ACC)
         b = tl.where(mask, dense_mass(w[None, :], q, smoothing, classes, SMOOTH, ACC), 0.0)
     if q_rows is None:
         b = tl.where(c[None, :] == t[:, None], b + point[:, None], b)

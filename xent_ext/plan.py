@@ -4,6 +4,7 @@ Everything here is a pure function of plain numbers, so that it can be read and 
 stands beside the reason for it.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -90,6 +91,19 @@ def _plan(schedule, layout, rows, block, device):
     threads = min(max(rows * block // LOGITS_PER_THREAD, device.lanes), MAX_THREADS)
     programs = layout.outer * -(-layout.inner // rows)
     return Plan(schedule, rows, block, threads // device.lanes, programs)
+
+
+def vectors(layout, itemsize):
+    """(CLASS_VEC, ROW_VEC): logits that one aligned access of up to 16 bytes can take, along classes and along rows.
+
+    One is 1: the other is the dimension whose neighbours are neighbours in memory, in every tensor.
+    """
+    widest = 16 // itemsize
+    if all(c == 1 for _, _, c in layout.strides):
+        return math.gcd(widest, layout.classes, *(s for o, i, _ in layout.strides for s in (o, i))), 1
+    if all(i == 1 for _, i, _ in layout.strides):
+        return 1, math.gcd(widest, layout.inner, *(s for o, _, c in layout.strides for s in (o, c)))
+    return 1, 1
 
 
 def is_wide(layout, plan):
