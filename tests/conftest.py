@@ -1,0 +1,77 @@
+"""Fixtures that choose which implementation a test runs."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter, which Triton asks for when it is imported. Where it
+# is imported already, someone has made a driver active for it.
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.register_assert_rewrite("parity")
+
+from xent_ext import cpu, dispatch  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """On problems this small several threads only wait for one another, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    return request.param
+
+
+class Calls(list):
+    """The problems that an implementation was given."""
+
+    def watch(self, monkeypatch, module):
+        forward = module.forward
+
+        def watched(problem, *args):
+            self.append(problem)
+            return forward(problem, *args)
+
+        monkeypatch.setattr(module, "forward", watched)
+        return self
+
+
+@pytest.fixture
+def cpu_blocks(monkeypatch):
+    """`xent_ext.cpu` takes every call that it can, however small. Returns its calls."""
+    monkeypatch.setattr(dispatch, "BACKEND", "auto")
+    monkeypatch.setattr(dispatch, "CHECK", False)
+    monkeypatch.setattr(dispatch, "is_small", lambda input: False)
+    return Calls().watch(monkeypatch, cpu)
+
+
+@pytest.fixture
+def many_blocks(cpu_blocks, monkeypatch):
+    """Like `cpu_blocks`, in blocks of 256 bytes: a few rows, or one."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 256)
+    return cpu_blocks
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    """The Triton kernels take every call that they can, on every device. Returns their calls."""
+    launch = pytest.importorskip("xent_ext.kernels.launch", exc_type=ImportError)
+    monkeypatch.setattr(dispatch, "BACKEND", "triton")
+    monkeypatch.setattr(dispatch, "CHECK", False)
+    return Calls().watch(monkeypatch, launch)
+
+
+@pytest.fixture
+def fused(request, device):
+    """The device's own implementation takes every call that it can. Returns its calls."""
+    return request.getfixturevalue("cpu_blocks" if device == "cpu" else "triton_backend")
