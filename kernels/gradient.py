@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from .math import exponentials, row_gradient
-from .tile import class_index, class_mask, index_mass, program_rows, row_pointers, row_scale, tile_mass, tile_pointers
+from .tile import (
+    class_index,
+    class_mask,
+    index_mass,
+    load_logits,
+    program_rows,
+    row_pointers,
+    row_scale,
+    tile_mass,
+    tile_pointers,
+)
 
 
 @triton.jit
@@ -35,8 +45,7 @@ def block_gradient(
 ):
     """Read the logits of the classes c and write their gradient. Ignored rows are not read and get zeros."""
     inside = class_mask(c, classes, CLASS_VEC)[None, :]
-    mask = counted[:, None] & inside
-    z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
+    z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
     b = tile_mass(
         q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
     )

@@ -8,6 +8,7 @@ from .tile import (
     class_index,
     class_mask,
     index_mass,
+    load_logits,
     program_rows,
     row_pointers,
     row_scale,
@@ -72,9 +73,8 @@ def resident(
     loss = tl.zeros((ROWS,), ACC)
     g = tl.zeros((ROWS, BLOCK), ACC)
     if tl.max(counted.to(tl.int32), 0) > 0:
-        mask = counted[:, None] & inside
         x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
+        z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
         m = tl.max(z, 1)
         e = exponentials(z, m)
         s = tl.sum(e, 1)

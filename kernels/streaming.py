@@ -14,12 +14,12 @@ from .tile import (
     class_index,
     class_mask,
     index_mass,
+    load_logits,
     program_rows,
     row_pointers,
     row_scale,
     store_loss,
     tile_mass,
-    tile_pointers,
 )
 
 
@@ -80,8 +80,8 @@ def streaming(
     end = tl.where(tl.max(counted.to(tl.int32), 0) > 0, classes, 0)
     for start in range(0, end, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        mask = counted[:, None] & class_mask(c, classes, CLASS_VEC)[None, :]
-        z = tl.load(tile_pointers(x_rows, c, x_class, WIDE, ROW_VEC), mask=mask, other=float("-inf")).to(ACC)
+        inside = class_mask(c, classes, CLASS_VEC)[None, :]
+        z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
         m_block = tl.max(z, 1)
         s_block = tl.sum(exponentials(z, m_block), 1)
         mass_block = tl.zeros((ROWS,), ACC)

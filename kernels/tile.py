@@ -67,6 +67,22 @@ def class_mask(c, classes, CLASS_VEC: tl.constexpr):
 
 
 @triton.jit
+def load_logits(rows, c, s_class, live, counted, inside, WIDE: tl.constexpr, ROW_VEC: tl.constexpr, ACC: tl.constexpr):
+    """Logits of the classes c as ACC; -inf outside the row and for ignored rows, which are not read.
+
+    Where neighbours in memory are rows, one access takes several, and ignored ones can only be blanked.
+    """
+    pointers = tile_pointers(rows, c, s_class, WIDE, ROW_VEC)
+    mask = counted[:, None] & inside
+    if ROW_VEC == 1:
+        z = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
+    else:
+        z = tl.load(pointers, mask=live[:, None] & inside, other=float("-inf")).to(ACC)
+        z = tl.where(mask, z, float("-inf"))
+    return z, mask
+
+
+@triton.jit
 def class_index(target_ptr, row, live, ignore_index, classes):
     """Class index, mask of the rows that are not ignored, mask of those whose index is a class.
 
