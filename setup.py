@@ -5,26 +5,31 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "xent_ext" / "__init__.py").read_text(), re.M)[1]
 
-TEST = ["pytest>=7", "hypothesis>=6", "expecttest", "numpy", "build", "setuptools>=69", "wheel"]
+def read(name):
+    return (Path(__file__).resolve().parent / name).read_text(encoding="utf-8")
+
+
+VERSION = re.search(r'^__version__ = "(.+)"$', read("xent_ext/__init__.py"), re.M)[1]
+
 BENCH = ["numpy", "matplotlib", "scikit-learn", "tqdm"]
+TEST = [*BENCH, "pytest>=7", "hypothesis>=6", "expecttest", "build", "setuptools>=77", "wheel", "ruff"]
 
 setup(
     name="xent_ext",
     version=VERSION,
     description="Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss over Triton kernels",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=read("README.md"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     # A top-level module `kernels` would collide with a well-known package of that name.
     packages=["xent_ext", "xent_ext.kernels"],
     package_dir={"xent_ext": "xent_ext", "xent_ext.kernels": "kernels"},
     package_data={"xent_ext": ["py.typed"]},
     install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"'],
-    extras_require={"test": [*TEST, *BENCH], "bench": BENCH},
+    extras_require={"test": TEST, "bench": BENCH},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",
