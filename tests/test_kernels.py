@@ -1,0 +1,314 @@
+"""The Triton kernels: every schedule, layout and kind of target, against PyTorch and against the truth.
+
+They run wherever a driver is active: on a GPU, on whatever runs a GPU's code without one, or else in Triton's
+interpreter.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import check, make
+
+import xent_ext
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter truncates to bfloat16 and copies storages")
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+
+@pytest.fixture
+def launch():
+    from xent_ext.kernels import launch
+
+    return launch
+
+
+def schedule(*args, **options):
+    return xent_ext.explain(*args, **options).traffic.schedule
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=compiled_only)])
+@pytest.mark.parametrize(
+    ("classes", "kind"),
+    [
+        (1, "resident"),  # loss 0
+        (2, "resident"),  # hundreds of rows in a program
+        (19, "resident"),  # no vector fits
+        (1000, "resident"),  # vectors of 8, though 16 does not divide it
+        (4095, "resident"),  # one class short of a tile
+        (32001, "resident"),  # no vector fits, one row a program
+        (50257, "streaming"),  # seven blocks, the last one part full
+        (131073, "streaming"),  # one class in the last block
+    ],
+)
+def test_widths(classes, kind, dtype):
+    rows = 300 if classes < 1000 else 3
+    args = make((rows, classes), dtype, ignored=0.3, device=DEVICE)
+    assert schedule(*args) == kind
+    check(*args)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(5, 40), (2, 33000)], ids=["resident", "streaming"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_options(shape, reduction, probabilities):
+    args = make(shape, weighted=True, probabilities=probabilities, device=DEVICE)
+    check(*args, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(3, 70), (2, 20000)], ids=["resident", "streaming"])
+def test_float64(shape, probabilities):
+    args = make(shape, torch.float64, weighted=True, probabilities=probabilities, device=DEVICE)
+    check(*args, label_smoothing=0.3)
+
+
+@pytest.mark.parametrize("shape", [(9,), (7, 5, 3), (2, 19, 4, 8), (2, 3, 2, 3, 2)], ids=str)
+def test_shapes(shape):
+    check(*make(shape, weighted=True, device=DEVICE), reduction="none")
+
+
+def sliced(x):
+    """(B, V, T - 1), as causal language models pass `logits[:, :-1].transpose(1, 2)`."""
+    return torch.cat([x, x[..., :1]], -1).transpose(1, 2).contiguous()[:, :-1].transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "view"),
+    [
+        ((2, 40, 6), sliced),
+        ((2, 40, 6), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),  # classes last in memory
+        ((2, 19, 4, 8), lambda x: x.contiguous(memory_format=torch.channels_last)),
+        ((6, 40), lambda x: x.t().contiguous().t()),  # classes strided, rows neighbours
+        ((6, 40), lambda x: torch.stack([x, x], -1)[..., 0]),  # no unit stride
+        ((6, 40), lambda x: x[:1].expand(6, 40)),  # rows overlap
+        ((6, 40), lambda x: x.flip(0)[1:]),  # storage offset that is a multiple of the row
+        ((6, 41), lambda x: x[:, 1:]),  # rows that do not start on 16 bytes
+        ((2, 7, 4, 6), lambda x: x[:, :, 1:-1, 1:-1]),  # fits no view: copied
+        ((2, 600, 4, 50), lambda x: x.transpose(2, 3)),
+    ],
+    ids=[
+        "sliced",
+        "classes-last",
+        "channels-last",
+        "transposed",
+        "strided",
+        "expanded",
+        "offset",
+        "odd",
+        "copied",
+        "hw",
+    ],
+)
+def test_layouts(shape, view):
+    input = view(make(shape, device=DEVICE)[0])
+    _, target, weight = make(tuple(input.shape), ignored=0.2, weighted=True, device=DEVICE)
+    check(input, target, weight, label_smoothing=0.1)
+
+
+def test_streaming_of_strided_classes():
+    args = make((1, 5000, 3, 11), ignored=0.3, device=DEVICE)
+    assert schedule(*args) == "streaming"
+    check(*args)
+
+
+def test_strided_target_and_weight():
+    input, target, weight = make((6, 40), weighted=True, device=DEVICE)
+    check(input, torch.stack([target, target], 1)[:, 1], torch.stack([weight, weight], 1)[:, 0])
+
+
+def test_uint8_target():
+    input, target, _ = make((6, 40), device=DEVICE)
+    check(input, target.to(torch.uint8), ignore_index=3)
+
+
+SPECIAL = {
+    "uniform": lambda x, t: x.fill_(2.5),
+    "confident": lambda x, t: x.scatter_(1, t[:, None], 60.0),
+    "wrong": lambda x, t: x.scatter_(1, t[:, None], -60.0),
+    "offset": lambda x, t: x.add_(1e4),
+    "huge": lambda x, t: x.mul_(1e30),
+    "masked": lambda x, t: x[:, 5:25].fill_(-torch.inf),
+    "target masked": lambda x, t: x.scatter_(1, t[:, None], -torch.inf),
+    "half a row masked": lambda x, t: x[0, : x.shape[1] // 2].fill_(-torch.inf),
+    "row masked": lambda x, t: x[1].fill_(-torch.inf),
+    "inf": lambda x, t: x[1, 7].fill_(torch.inf),
+    "nan": lambda x, t: x[1, 7].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("shape", [(4, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_special_logits(shape, special, label_smoothing):
+    if special == "huge" and label_smoothing:
+        pytest.skip("PyTorch's own sum over the classes overflows")
+    input, target, _ = make(shape, device=DEVICE)
+    SPECIAL[special](input, target)
+    check(input, target, reduction="none", label_smoothing=label_smoothing)
+
+
+def test_probability_of_zero_at_a_masked_logit_is_nan():
+    input, target, _ = make((4, 40), probabilities=True, device=DEVICE)
+    input[1, 3] = -torch.inf
+    target[1, 3] = 0
+    check(input, target, reduction="none")
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ignored_rows_are_not_read(shape, reduction):
+    input, target, _ = make(shape, device=DEVICE)
+    input[1] = torch.nan
+    target[1] = -100
+    input.requires_grad_()
+    loss = xent_ext.cross_entropy(input, target, reduction=reduction)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert (input.grad[1] == 0).all()
+    assert input.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_all_ignored(shape):
+    input, target, _ = make(shape, ignored=2.0, device=DEVICE)
+    for reduction in ("none", "mean", "sum"):
+        x = input.clone().requires_grad_()
+        loss = xent_ext.cross_entropy(x, target, reduction=reduction)
+        loss.sum().backward()
+        assert loss.isnan() if reduction == "mean" else (loss == 0).all()
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 40000, 2**31, 2**32, -(2**40)])
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_target_out_of_range_is_nan_in_its_row_alone(shape, bad, label_smoothing):
+    input, target, weight = make(shape, weighted=True, device=DEVICE)
+    target[1] = bad
+    x = input.clone().requires_grad_()
+    loss = xent_ext.cross_entropy(x, target, weight, reduction="none", label_smoothing=label_smoothing)
+    loss.sum().backward()
+    expected = torch.zeros_like(target, dtype=torch.bool)
+    expected[1] = True
+    assert torch.equal(loss.isnan(), expected)
+    assert torch.equal(x.grad.isnan().any(1), expected)
+    assert x.grad[1].isnan().any()
+
+
+def test_check_names_the_bad_target(monkeypatch):
+    monkeypatch.setattr(xent_ext.dispatch, "CHECK", True)
+    input, target, _ = make((6, 40), device=DEVICE)
+    target[4] = 41
+    with pytest.raises(IndexError, match=r"Target 41 is out of bounds.*target\[4\]"):
+        xent_ext.cross_entropy(input, target)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_another_upstream_gradient_gives_the_bits_of_a_direct_computation(shape, launch):
+    input, target, _ = make(shape, ignored=0.3, device=DEVICE)
+    factor = torch.tensor(0.3, device=DEVICE)
+
+    def gradient(upstream):
+        x = input.clone().requires_grad_()
+        xent_ext.cross_entropy(x, target).backward(upstream)
+        return x.grad
+
+    x = input.clone().requires_grad_()
+    loss = xent_ext.cross_entropy(x, target)
+    first = torch.autograd.grad(loss, x, factor, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, x, factor)[0]  # made anew, with nothing made before
+    assert torch.equal(first, second)
+    assert not torch.equal(first, gradient(torch.tensor(1.0, device=DEVICE)))
+    one = gradient(torch.tensor(1.0, device=DEVICE))
+    again = torch.autograd.grad(xent_ext.cross_entropy(x, target), x, retain_graph=True)[0]
+    assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_the_expected_upstream_gradient_makes_nothing(shape, launch, monkeypatch):
+    input, target, _ = make(shape, device=DEVICE)
+    x = input.clone().requires_grad_()
+    loss = xent_ext.cross_entropy(x, target)
+    made = loss.grad_fn.saved_tensors[3]
+    made.data.fill_(7.0)  # what only a kernel that returns at once leaves
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.data_ptr() == made.data_ptr()
+    assert (gradient == 7.0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_nothing_waits_for_the_device(shape, reduction, monkeypatch):
+    input, target, weight = make(shape, weighted=True, device=DEVICE)
+    input.requires_grad_()
+    upstream = torch.rand(target.shape if reduction == "none" else (), device=DEVICE)
+
+    def waits(*args, **kwargs):
+        raise AssertionError("this waits for the device")
+
+    with monkeypatch.context() as patched:
+        for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist", "cpu", "numpy", "nonzero"):
+            patched.setattr(torch.Tensor, name, waits)
+        loss = xent_ext.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=0.1)
+        loss.backward(upstream)
+    assert input.grad is not None
+
+
+def test_more_rows_than_one_program_sums():
+    """Normaliser and final sum over several programs."""
+    check(*make((20000, 3), ignored=0.3, weighted=True, device=DEVICE))
+    check(*make((17, 3, 1200), ignored=0.3, device=DEVICE), reduction="sum")
+
+
+@compiled_only
+def test_offsets_beyond_32_bits():
+    """Two rows that lie 2**31 + 16 elements apart, in memory that is mostly never touched."""
+    stride = 2**31 + 16
+    storage = torch.empty(2 * stride, dtype=torch.float16, device=DEVICE)
+    for shape, strides in (((2, 40), (stride, 1)), ((1, 2, 24), (0, stride, 1)), ((2, 40000), (stride, 1))):
+        input = storage.as_strided(shape, strides)
+        values, target, _ = make(shape, torch.float16, device=DEVICE)
+        input.copy_(values)
+        check(input, target)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 40000)], ids=["resident", "streaming"])
+def test_same_input_same_bits(shape):
+    args = make(shape, weighted=True, device=DEVICE)
+    results = []
+    for _ in range(2):
+        x = args[0].clone().requires_grad_()
+        loss = xent_ext.cross_entropy(x, *args[1:], label_smoothing=0.1)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_logits_are_left_alone_and_saved_ones_guarded():
+    input, target, _ = make((6, 40), device=DEVICE)
+    x = input.clone().requires_grad_()
+    y = x * 1
+    loss = xent_ext.cross_entropy(y, target)
+    assert torch.equal(y, input)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_result_is_float32():
+    input, target, weight = make((6, 40), torch.float16, weighted=True, device=DEVICE)
+    x = input.clone().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss = xent_ext.cross_entropy(x, target, weight.float())
+        expected = F.cross_entropy(input, target, weight.float())
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert x.grad.dtype == torch.float16
