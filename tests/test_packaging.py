@@ -3,7 +3,6 @@
 import ast
 import email
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -92,10 +91,12 @@ def run(*command, cwd, backend="auto"):
     return done.stdout
 
 
-def needs(*modules):
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"to build and install without network, {module} must be installed")
+def needs(*packages):
+    for package in packages:
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"to build and install without network, {package} must be installed")
 
 
 @pytest.fixture(scope="module")
