@@ -60,14 +60,40 @@ def make(
     return input.to(device, dtype), target.to(device), weight
 
 
+def relaid(tensor, *, order=None, step=1, padding=0, repeated=()):
+    """The values of `tensor` in other memory, with poison around them.
+
+    Dimensions lie in memory in this order, outermost first; along each, every `step`-th index is taken from
+    `padding` on. Along `repeated` dimensions all indices share the memory, and the values, of the first.
+    """
+    shape, dims = tensor.shape, range(tensor.dim())
+    order = order or tuple(dims)
+    sizes = [1 if d in repeated else step * shape[d] + padding for d in order]
+    poison = -(2**40) if tensor.dtype == torch.int64 else 255 if tensor.dtype == torch.uint8 else float("nan")
+    memory = torch.full(sizes, poison, dtype=tensor.dtype, device=tensor.device)
+    whole = memory.permute([order.index(d) for d in dims])
+    view = whole[tuple(slice(None) if d in repeated else slice(padding, None, step) for d in dims)]
+    return view.copy_(tensor[tuple(slice(1) if d in repeated else slice(None) for d in dims)]).expand(shape)
+
+
 def check(input, target, weight=None, *, wanted=("input",), function=xent_ext.cross_entropy, **options):
-    """Assert that `function` is as good as F.cross_entropy: in its loss, and its gradients for the `wanted` arguments."""
+    """Assert that `function` is as good as F.cross_entropy, in the loss and in the gradients for `wanted`."""
     tensors = {"input": input, "target": target, "weight": weight}
-    theirs, upstream = outcome(F.cross_entropy, tensors, wanted, options)
+    legible = {**tensors, "input": without_ignored(input, target, options.get("ignore_index", -100))}
+    theirs, upstream = outcome(F.cross_entropy, legible, wanted, options)
     ours, _ = outcome(function, tensors, wanted, options)
     true = truth(**tensors, upstream=upstream, **options)
     for name, their in theirs.items():
         assert_as_good(name, ours[name], their, true[name])
+
+
+def without_ignored(input, target, ignore_index):
+    """Logits with 0 in ignored rows: ours are not to look there, PyTorch's makes NaN of NaN and infinities there."""
+    if input.shape == target.shape:
+        return input
+    axis = class_axis(input.shape)
+    batch = input.shape[:axis] + input.shape[axis + 1 :]
+    return input.masked_fill((target == ignore_index).reshape(batch).unsqueeze(axis), 0)
 
 
 def outcome(function, tensors, wanted=("input",), options=(), upstream=None):
