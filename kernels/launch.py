@@ -106,7 +106,7 @@ class Call:
         self.input, self.q, self.layout = arrange(input, target if problem.probabilities else None)
         self.target = None if problem.probabilities else target.contiguous()
         self.device = device_properties(input.device.index or 0)
-        self.plan = plan(self.layout, input.element_size(), self.device)
+        self.plan = plan(self.layout, input.element_size(), self.acc.itemsize, self.device)
 
     def new(self, *shape):
         return torch.empty(shape, dtype=self.acc, device=self.input.device)

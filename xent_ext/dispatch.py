@@ -94,8 +94,8 @@ def unsupported(input, target, weight):
             return f"layout {tensor.layout}"
         if tensor.is_neg():
             return "negative view"
-    if input.dtype not in DTYPES:
-        return f"dtype {input.dtype}"
+        if tensor.dtype not in DTYPES and (tensor is not target or tensor.is_floating_point()):
+            return f"dtype {tensor.dtype}"
     if input.numel() == 0 or target.numel() == 0:
         return "nothing to compute"
     if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
