@@ -350,7 +350,7 @@ def test_probabilities_and_weight_promote(many_blocks, dtype, target_dtype, weig
     input, target, weight = make((7, 5), dtype, probabilities=True, weighted=True)
     for reduction in REDUCTIONS:
         check(input, target.to(target_dtype), (3 * weight).to(weight_dtype), reduction=reduction)
-    assert len(many_blocks) == 3
+    assert len(many_blocks) == (3 if weight_dtype in DTYPES else 0)
 
 
 def test_complex_weight(many_blocks):
