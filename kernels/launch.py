@@ -4,15 +4,18 @@ Nothing here reads a value from the device: normalisers, losses and decisions st
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
+import warnings
 
 import torch
 import triton
 import triton.language as tl
 
 from ..layout import arrange, batch_shape
-from ..plan import REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan, vectors
+from ..plan import CLUSTER_SHARE, REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan, vectors
+from ..problem import Problem
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
 from .normalizer import normalizer_parts, sum_parts
@@ -33,7 +36,47 @@ def device_properties(index):
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
-    return Device(target.backend, target.arch, target.warp_size, properties["multiprocessor_count"])
+    return Device(
+        target.backend, target.arch, target.warp_size, properties["multiprocessor_count"], largest_cluster(target)
+    )
+
+
+def largest_cluster(target):
+    """Programs of the largest portable cluster, where the GPU has clusters and Triton compiles reductions over them."""
+    triton_version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return 8 if target.backend == "cuda" and target.arch >= 90 and triton_version >= (3, 9) else 1
+
+
+def clusters_work(device, num_ctas):
+    """Whether clusters of this size can be used; while a CUDA graph is captured, only if that is known already."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and (device, num_ctas) not in _checked:
+        return False
+    if (device, num_ctas) not in _checked:
+        _checked[device, num_ctas] = check_clusters(device, num_ctas)
+    return _checked[device, num_ctas]
+
+
+_checked = {}
+
+
+def check_clusters(device, num_ctas):
+    """Whether clusters of this size give the loss and gradient that `streaming` gives, on a few rows.
+
+    Run once for each process, by the first call that would use them; waits for the device.
+    """
+    classes = num_ctas * CLUSTER_SHARE - 37
+    input = (torch.arange(3 * classes, device=device) * 7919 % 10007).div(1000.0).view(3, classes)
+    target = torch.tensor([0, -100, classes - 1], device=device)
+    problem = Problem(False, "sum", -100, 0.1, torch.float32)
+    alone = device_properties(device.index or 0)
+    try:
+        loss, gradient = run(Call(problem, input, target, None, alone), True)[:2]
+        expected = run(Call(problem, input, target, None, dataclasses.replace(alone, cluster=1)), True)[:2]
+        torch.testing.assert_close((loss, gradient), expected)
+    except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
+        warnings.warn(f"xent_ext streams long rows on {device}, as clusters of {num_ctas} fail: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def forward(problem, input, target, weight, want_gradient):
@@ -41,19 +84,23 @@ def forward(problem, input, target, weight, want_gradient):
 
     The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
     """
-    call = Call(problem, input, target, weight)
-    per_row = problem.reduction == "none"
     with on_device(input):
-        normalizer = call.normalizer()
-        made = torch.empty_like(call.input) if want_gradient and not per_row else None
-        summary = call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
-        if per_row:
-            losses = loss = torch.empty(batch_shape(input.shape), dtype=problem.dtype, device=input.device)
-        else:
-            losses = call.new(call.plan.programs)
-        call.losses(losses, made, normalizer, summary)
-        if not per_row:
-            loss = call.total(losses, normalizer)
+        return run(Call(problem, input, target, weight), want_gradient)
+
+
+def run(call, want_gradient):
+    """See `forward`."""
+    per_row = call.problem.reduction == "none"
+    normalizer = call.normalizer()
+    made = torch.empty_like(call.input) if want_gradient and not per_row else None
+    summary = call.new(3, call.layout.rows) if want_gradient and call.plan.schedule == "streaming" else None
+    if per_row:
+        losses = loss = call.new(*batch_shape(call.input.shape), dtype=call.problem.dtype)
+    else:
+        losses = call.new(call.plan.programs)
+    call.losses(losses, made, normalizer, summary)
+    if not per_row:
+        loss = call.total(losses, normalizer)
     return loss, made, normalizer, summary
 
 
@@ -88,7 +135,13 @@ def traffic(problem, input, target, weight, want_gradient):
     )
     reads = walks * (logits + target.numel() * target.element_size()) + summary + copies
     new = gradient + summary + losses + copies
-    numbers = {"ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps, "programs": plan.programs}
+    numbers = {
+        "ROWS": plan.rows,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "num_ctas": plan.num_ctas,
+        "programs": plan.programs,
+    }
     return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new, memory=new)
 
 
@@ -99,17 +152,21 @@ def on_device(tensor):
 class Call:
     """One call's tensors, their layout and plan, and the kernels launched with them."""
 
-    def __init__(self, problem, input, target, weight):
+    def __init__(self, problem, input, target, weight, device=None):
+        """`device` is what to plan for: by default the input's, with clusters only where they work."""
         self.problem = problem
         self.acc = accumulation_dtype(problem.dtype)
         self.weight = None if weight is None else weight.contiguous()
         self.input, self.q, self.layout = arrange(input, target if problem.probabilities else None)
         self.target = None if problem.probabilities else target.contiguous()
-        self.device = device_properties(input.device.index or 0)
-        self.plan = plan(self.layout, input.element_size(), self.acc.itemsize, self.device)
+        sizes = input.element_size(), self.acc.itemsize
+        properties = device or device_properties(input.device.index or 0)
+        self.plan = plan(self.layout, *sizes, properties)
+        if device is None and self.plan.num_ctas > 1 and not clusters_work(input.device, self.plan.num_ctas):
+            self.plan = plan(self.layout, *sizes, dataclasses.replace(properties, cluster=1))
 
-    def new(self, *shape):
-        return torch.empty(shape, dtype=self.acc, device=self.input.device)
+    def new(self, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.input.device)
 
     @property
     def divisor(self):
@@ -164,7 +221,7 @@ class Call:
             partial = self.new(count)
             self.sum_parts(losses, None, partial, count, span, 1.0)
             losses = partial
-        out = torch.empty((), dtype=self.problem.dtype, device=losses.device)
+        out = self.new(dtype=self.problem.dtype)
         self.sum_parts(losses, normalizer, out, 1, losses.numel(), self.divisor)
         return out
 
@@ -192,5 +249,5 @@ class Call:
             "PARTS": 1 if normalizer is None else normalizer.numel(),
             "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
             "ACC": TRITON_DTYPE[self.acc],
-            "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps,
+            "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
         }  # fmt: skip

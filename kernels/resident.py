@@ -8,6 +8,7 @@ from .tile import (
     class_index,
     class_mask,
     index_mass,
+    load_at_index,
     load_logits,
     program_rows,
     row_pointers,
@@ -88,7 +89,7 @@ def resident(
             mass = tl.sum(b, 1)
             dot = dense_dot(b, z, m, mask)
         else:
-            z_t = tl.load(x_rows + t * x_class, mask=valid, other=0.0).to(ACC)
+            z_t = load_at_index(x_rows, t, x_class, valid, WIDE, ACC)
             mass = point
             dot = point_dot(point, z_t, m)
 

@@ -14,6 +14,7 @@ from .tile import (
     class_index,
     class_mask,
     index_mass,
+    load_at_index,
     load_logits,
     program_rows,
     row_pointers,
@@ -107,7 +108,7 @@ def streaming(
             dot_block = dense_dot(b, z, m_block, mask)
         m, s, mass, dot = merge(m, s, mass, dot, m_block, s_block, mass_block, dot_block)
     if not SMOOTH and q_ptr is None:
-        z_t = tl.load(x_rows + t * x_class, mask=valid, other=0.0).to(ACC)
+        z_t = load_at_index(x_rows, t, x_class, valid, WIDE, ACC)
         mass = point
         dot = point_dot(point, z_t, m)
 

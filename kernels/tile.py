@@ -62,6 +62,14 @@ def tile_pointers(rows, c, s_class, WIDE: tl.constexpr, ROW_VEC: tl.constexpr):
 
 
 @triton.jit
+def load_at_index(rows, t, s_class, valid, WIDE: tl.constexpr, ACC: tl.constexpr):
+    """Logit at the class index t of each row."""
+    if WIDE:
+        t = t.to(tl.int64)
+    return tl.load(rows + t * s_class, mask=valid, other=0.0).to(ACC)
+
+
+@triton.jit
 def class_mask(c, classes, CLASS_VEC: tl.constexpr):
     return c < multiple(classes, CLASS_VEC)
 
@@ -91,7 +99,7 @@ def class_index(target_ptr, row, live, ignore_index, classes):
     t = tl.load(target_ptr + row, mask=live, other=0).to(tl.int64)
     counted = live & (t != ignore_index)
     valid = counted & (t >= 0) & (t < classes)
-    return tl.where(valid, t, 0), counted, valid
+    return tl.where(valid, t, 0).to(tl.int32), counted, valid
 
 
 @triton.jit

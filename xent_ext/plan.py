@@ -16,6 +16,7 @@ class Device:
     arch: object  # 90 for sm_90, "gfx942"
     lanes: int  # threads of a warp (a wavefront on AMD)
     processors: int  # streaming multiprocessors or compute units
+    cluster: int = 1  # programs that can share a row through distributed shared memory
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Plan:
     rows: int  # rows of a program's tile
     block: int  # classes of a program's tile
     num_warps: int
-    programs: int
+    programs: int  # clusters, where num_ctas > 1
+    num_ctas: int = 1  # programs of a cluster, which hold a tile together
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ def next_power_of_2(n):
 # A row stays resident while a thread holds at most 64 of its logits as float32: above that the registers of
 # 16 warps (65536 on every target) no longer hold the tile and its temporaries, and the compiler spills.
 RESIDENT_TILE = 32768
+# A long row is shared by a cluster of programs of this many logits each: 32 for each of 512 threads takes 64 registers,
+# so that two programs share a processor and one loads while the other stores.
+CLUSTER_SHARE = 16384
 # Short rows share a program: 4096 logits give 4 warps 32 each, four 128-bit bfloat16 loads in flight per thread.
 PACKED_TILE = 4096
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
@@ -73,9 +78,11 @@ def plan(layout, itemsize, accumulated, device):
     width = next_power_of_2(layout.classes)
     neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
     fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
+    if not neighbours and accumulated == 4 and CLUSTER_SHARE < width <= CLUSTER_SHARE * device.cluster:
+        warps = MAX_THREADS // device.lanes
+        return Plan("resident", 1, width, warps, layout.rows, num_ctas=width // CLUSTER_SHARE)
     if width * fewest <= resident_tile:
-        packed = max(PACKED_TILE // width, fewest)
-        return _plan("resident", layout, packed, width, device)
+        return _plan("resident", layout, max(PACKED_TILE // width, fewest), width, device)
     rows = STREAMED_ROWS if neighbours else 1
     return _plan("streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device)
 
