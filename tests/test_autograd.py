@@ -413,6 +413,16 @@ def test_export_and_make_fx(cpu_blocks):
     torch.testing.assert_close(make_fx(head)(input, target)(input, target), plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_jit_trace(cpu_blocks):
+    """What was traced with one target holds for others, though they have ignored rows."""
+    args = call(ignored=0.0)
+    input, target = args["input"].detach(), args["target"]
+    traced = torch.jit.trace(Head(xent_ext.CrossEntropyLoss()), (input, target))
+    target = target.clone().index_fill_(0, torch.tensor([1, 3]), -100)
+    torch.testing.assert_close(traced(input, target), F.cross_entropy(2 * input, target))
+
+
 @pytest.mark.parametrize("criterion", [xent_ext.cross_entropy, xent_ext.CrossEntropyLoss()], ids=["function", "module"])
 def test_symbolic_trace(cpu_blocks, criterion):
     traced = torch.fx.symbolic_trace(Head(criterion))
