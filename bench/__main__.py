@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import train
+from . import run, train
 
 # A command is a module with a docstring (its help), add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"train": train}
+COMMANDS = {"run": run, "train": train}
 
 
 def main(argv=None) -> int:
