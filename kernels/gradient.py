@@ -14,6 +14,7 @@ from .tile import (
     row_scale,
     tile_mass,
     tile_pointers,
+    was_expected,
 )
 
 
@@ -81,6 +82,8 @@ def gradient(
     weight_ptr,  # None: all ones
     normalizer_ptr,  # None: `divisor` is the normaliser
     upstream_ptr,
+    expected_ptr,  # the upstream gradient that grad_ptr holds the gradient for already; None: it holds nothing
+    seen_ptr,  # where the upstream gradient is noted, for the next step to expect
     summary_ptr,
     grad_ptr,
     rows: tl.int64,
@@ -102,7 +105,6 @@ def gradient(
     divisor: tl.float64,
     SMOOTH: tl.constexpr,
     PER_ROW: tl.constexpr,  # upstream gradients are one for each row
-    REMAKE: tl.constexpr,  # grad_ptr holds the gradient for an upstream gradient of 1 already
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -111,8 +113,8 @@ def gradient(
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if REMAKE:
-        if tl.load(upstream_ptr) == 1.0:
+    if expected_ptr is not None:
+        if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
     blocks = tl.cdiv(classes, BLOCK)
     pid = tl.program_id(0)

@@ -70,8 +70,8 @@ def check_clusters(device, num_ctas):
     problem = Problem(False, "sum", -100, 0.1, torch.float32)
     alone = device_properties(device.index or 0)
     try:
-        loss, gradient = run(Call(problem, input, target, None, alone), True)[:2]
-        expected = run(Call(problem, input, target, None, dataclasses.replace(alone, cluster=1)), True)[:2]
+        loss, gradient = run(Call(problem, input, target, None, alone), True, None)[:2]
+        expected = run(Call(problem, input, target, None, dataclasses.replace(alone, cluster=1)), True, None)[:2]
         torch.testing.assert_close((loss, gradient), expected)
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
         warnings.warn(f"xent_ext streams long rows on {device}, as clusters of {num_ctas} fail: {error}", stacklevel=2)
@@ -79,16 +79,17 @@ def check_clusters(device, num_ctas):
     return True
 
 
-def forward(problem, input, target, weight, want_gradient):
-    """The loss, its gradient for an upstream gradient of 1 (or None), and what `backward` needs besides.
+def forward(problem, input, target, weight, want_gradient, expected):
+    """The loss, its gradient for the upstream gradient that is `expected` (or None), and what `backward` needs besides.
 
-    The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
+    The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient. `expected` is a 0-dim
+    tensor that an earlier `backward` returned; None stands for 1.
     """
     with on_device(input):
-        return run(Call(problem, input, target, weight), want_gradient)
+        return run(Call(problem, input, target, weight), want_gradient, expected)
 
 
-def run(call, want_gradient):
+def run(call, want_gradient, expected):
     """See `forward`."""
     per_row = call.problem.reduction == "none"
     normalizer = call.normalizer()
@@ -98,23 +99,28 @@ def run(call, want_gradient):
         losses = loss = call.new(*batch_shape(call.input.shape), dtype=call.problem.dtype)
     else:
         losses = call.new(call.plan.programs)
-    call.losses(losses, made, normalizer, summary)
+    call.losses(losses, made, normalizer, summary, None if made is None else call.factor(expected))
     if not per_row:
         loss = call.total(losses, normalizer)
     return loss, made, normalizer, summary
 
 
-def backward(problem, input, target, weight, made, normalizer, summary, upstream):
-    """The gradient for `upstream`, a 0-dim tensor or one number for each row.
+def backward(problem, input, target, weight, made, normalizer, summary, upstream, expected):
+    """The gradient for `upstream`, a 0-dim tensor or one number for each row; and what to expect the next time.
 
-    `made` is the gradient for an upstream gradient of 1. It is returned as it is where the device finds that 1
-    was right, and is otherwise overwritten with the right one. None: the gradient is made in a new tensor.
+    `made` is the gradient for `expected`. It is returned as it is where the device finds that `upstream` is the same,
+    and is otherwise overwritten with the right one. None: the gradient is made in a new tensor.
     """
     call = Call(problem, input, target, weight)
     with on_device(input):
-        out = torch.empty_like(call.input) if made is None else made
-        call.gradient(out, normalizer, summary, upstream.contiguous(), remake=made is not None)
-    return out
+        upstream = upstream.contiguous()
+        if made is None:
+            gradient, seen = torch.empty_like(call.input), None
+            call.gradient(gradient, normalizer, summary, upstream, None, None)
+        else:
+            gradient, seen = made, call.new()
+            call.gradient(gradient, normalizer, summary, upstream, call.factor(expected), seen)
+    return gradient, seen
 
 
 def traffic(problem, input, target, weight, want_gradient):
@@ -143,6 +149,11 @@ def traffic(problem, input, target, weight, want_gradient):
         "programs": plan.programs,
     }
     return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new, memory=new)
+
+
+@functools.lru_cache
+def one(dtype, device):
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def on_device(tensor):
@@ -186,33 +197,30 @@ class Call:
         )  # fmt: skip
         return out
 
-    def losses(self, losses, gradient, normalizer, summary):
-        """Row losses, or one sum for each program; and the gradient for an upstream gradient of 1."""
+    def factor(self, expected):
+        """The upstream gradient that is expected, on the device."""
+        return one(self.acc, self.input.device) if expected is None else expected
+
+    def losses(self, losses, gradient, normalizer, summary, upstream):
+        """Row losses, or one sum for each program; and the gradient for the scalar `upstream`."""
+        shared = self.arguments(self.plan, gradient, normalizer, upstream)
         if self.plan.schedule == "resident":
-            resident_kernel[(self.plan.programs,)](
-                **self.arguments(self.plan, gradient, normalizer),
-                upstream_ptr=None,
-                loss_ptr=losses,
-                REMAKE=False,
-            )
+            resident_kernel[(self.plan.programs,)](**shared, expected_ptr=None, seen_ptr=None, loss_ptr=losses)
         else:
             streaming_kernel[(self.plan.programs,)](
-                **self.arguments(self.plan, gradient, normalizer),
-                summary_ptr=summary, loss_ptr=losses, rows=self.layout.rows,
-            )  # fmt: skip
+                **shared, summary_ptr=summary, loss_ptr=losses, rows=self.layout.rows
+            )
 
-    def gradient(self, gradient, normalizer, summary, upstream, remake):
+    def gradient(self, gradient, normalizer, summary, upstream, expected, seen):
+        """The gradient for `upstream`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
+        known = {"expected_ptr": expected, "seen_ptr": seen}
         if self.plan.schedule == "resident":
-            resident_kernel[(self.plan.programs,)](
-                **self.arguments(self.plan, gradient, normalizer),
-                upstream_ptr=upstream, loss_ptr=None, REMAKE=remake,
-            )  # fmt: skip
+            shared = self.arguments(self.plan, gradient, normalizer, upstream)
+            resident_kernel[(self.plan.programs,)](**shared, **known, loss_ptr=None)
         else:
             deferred = gradient_plan(self.layout, self.plan)
-            gradient_kernel[(deferred.programs,)](
-                **self.arguments(deferred, gradient, normalizer),
-                upstream_ptr=upstream, summary_ptr=summary, rows=self.layout.rows, REMAKE=remake,
-            )  # fmt: skip
+            shared = self.arguments(deferred, gradient, normalizer, upstream)
+            gradient_kernel[(deferred.programs,)](**shared, **known, summary_ptr=summary, rows=self.layout.rows)
 
     def total(self, losses, normalizer):
         """The sum of the programs' losses over the normaliser, 0-dim, in the loss's dtype."""
@@ -231,14 +239,14 @@ class Call:
             PARTS=1 if normalizer is None else normalizer.numel(), ACC=TRITON_DTYPE[self.acc], **REDUCTION,
         )  # fmt: skip
 
-    def arguments(self, plan, gradient, normalizer):
+    def arguments(self, plan, gradient, normalizer, upstream):
         """What the schedules' kernels have in common."""
         problem, layout = self.problem, self.layout
         x, g, q = layout.strides
         class_vec, row_vec = vectors(layout, self.input.element_size())
         return {
             "x_ptr": self.input, "target_ptr": self.target, "q_ptr": self.q, "weight_ptr": self.weight,
-            "normalizer_ptr": normalizer, "grad_ptr": gradient,
+            "normalizer_ptr": normalizer, "upstream_ptr": upstream, "grad_ptr": gradient,
             "inner": layout.inner, "classes": layout.classes,
             "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
             "q_outer": q[0], "q_inner": q[1], "q_class": q[2],

@@ -16,6 +16,7 @@ from .tile import (
     store_loss,
     tile_mass,
     tile_pointers,
+    was_expected,
 )
 
 
@@ -26,7 +27,9 @@ def resident(
     q_ptr,  # class probabilities, or None
     weight_ptr,  # None: all ones
     normalizer_ptr,  # None: `divisor` is the normaliser
-    upstream_ptr,  # None: one
+    upstream_ptr,
+    expected_ptr,  # the upstream gradient that grad_ptr holds the gradient for already; None: it holds nothing
+    seen_ptr,  # where the upstream gradient is noted, for the next step to expect
     loss_ptr,  # None: no loss wanted
     grad_ptr,  # None: no gradient wanted
     inner,
@@ -47,7 +50,6 @@ def resident(
     divisor: tl.float64,
     SMOOTH: tl.constexpr,
     PER_ROW: tl.constexpr,  # losses and upstream gradients are one for each row
-    REMAKE: tl.constexpr,  # grad_ptr holds the gradient for an upstream gradient of 1 already
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,8 +58,8 @@ def resident(
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    if REMAKE:
-        if tl.load(upstream_ptr) == 1.0:
+    if expected_ptr is not None:
+        if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
     outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS, ROW_VEC)
     c = tl.arange(0, BLOCK)

@@ -31,6 +31,7 @@ def streaming(
     q_ptr,  # class probabilities, or None
     weight_ptr,  # None: all ones
     normalizer_ptr,  # None: `divisor` is the normaliser
+    upstream_ptr,
     summary_ptr,  # None: no gradient will be made later
     loss_ptr,
     grad_ptr,  # None: no gradient wanted now
@@ -116,7 +117,7 @@ def streaming(
     if summary_ptr is not None:
         store_summary(summary_ptr, rows, row, m, s, mass, counted)
     if grad_ptr is not None:
-        scale = row_scale(None, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
+        scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
         g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
         blocks = tl.cdiv(classes, BLOCK)
         for k in range(blocks):

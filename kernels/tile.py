@@ -158,6 +158,15 @@ def normalizer(normalizer_ptr, divisor, PARTS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
+    """Whether the upstream gradient is the expected one; notes it."""
+    upstream = tl.load(upstream_ptr).to(ACC)
+    if tl.program_id(0) == 0:
+        tl.store(seen_ptr, upstream)
+    return upstream == tl.load(expected_ptr)
+
+
+@triton.jit
 def row_scale(
     upstream_ptr,
     normalizer_ptr,
@@ -169,12 +178,10 @@ def row_scale(
     ACC: tl.constexpr,
 ):
     """Upstream gradient over the normaliser, one number for each row."""
-    scale = tl.full(row.shape, 1.0, ACC)
-    if upstream_ptr is not None:
-        if PER_ROW:
-            scale = tl.load(upstream_ptr + row, mask=counted, other=0.0).to(ACC)
-        else:
-            scale = scale * tl.load(upstream_ptr).to(ACC)
+    if PER_ROW:
+        scale = tl.load(upstream_ptr + row, mask=counted, other=0.0).to(ACC)
+    else:
+        scale = tl.full(row.shape, 1.0, ACC) * tl.load(upstream_ptr).to(ACC)
     return scale / normalizer(normalizer_ptr, divisor, PARTS, ACC)
 
 

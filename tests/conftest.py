@@ -13,7 +13,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 pytest.register_assert_rewrite("parity")
 
-from xent_ext import cpu, dispatch  # noqa: E402
+from xent_ext import autograd, cpu, dispatch  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 
@@ -25,6 +25,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_expected():
+    """Each test's first upstream gradient is expected to be 1."""
+    autograd.expectation.cache_clear()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

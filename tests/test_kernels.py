@@ -244,11 +244,28 @@ def test_the_expected_upstream_gradient_makes_nothing(shape):
     input, target, _ = make(shape, device=DEVICE)
     x = input.clone().requires_grad_()
     loss = xent_ext.cross_entropy(x, target)
-    made = loss.grad_fn.saved_tensors[3]
+    made = loss.grad_fn.made
     made.data.fill_(7.0)  # what only a kernel that returns at once leaves
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.data_ptr() == made.data_ptr()
     assert (gradient == 7.0).all()
+
+
+def test_a_factor_that_repeats_is_made_in_the_forward_pass(shape):
+    """Gradient accumulation and loss scaling: a factor costs a gradient made again where it is new."""
+    input, target, _ = make(shape, ignored=0.3, device=DEVICE)
+    module = xent_ext.CrossEntropyLoss()
+    right = []
+    for factor in (0.25, 0.25, 0.25, 65536.0, 65536.0, 1.0, 1.0):
+        x = input.clone().requires_grad_()
+        loss = module(x, target)
+        made = loss.grad_fn.made.clone()
+        (loss * factor).backward()
+        right.append(torch.equal(made, x.grad))
+        fresh = input.clone().requires_grad_()
+        (xent_ext.CrossEntropyLoss()(fresh, target) * factor).backward()
+        assert torch.equal(x.grad, fresh.grad)
+    assert right == [False, True, True, False, True, False, True]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

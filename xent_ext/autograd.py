@@ -2,52 +2,91 @@
 
 An implementation is a module with two functions, `forward` and `backward` (see `cpu` and `kernels.launch`):
 
-    loss, made, normalizer, summary = forward(problem, input, target, weight, want_gradient)
-    gradient = backward(problem, input, target, weight, made, normalizer, summary, upstream)
+    loss, made, normalizer, summary = forward(problem, input, target, weight, want_gradient, expected)
+    gradient, seen = backward(problem, input, target, weight, made, normalizer, summary, upstream, expected)
+
+Forward makes the gradient for the upstream gradient that is expected: the one that the last backward saw, at first 1.
+That is right for `loss.backward()`, and from the second step on for `(loss / k).backward()` and for the constant scale
+of automatic mixed precision. Backward compares, and makes the gradient again where it was wrong.
 """
+
+import functools
 
 import torch
 
 from . import reference
 
 
-def apply(implementation, problem, input, target, weight):
+class Expectation:
+    """The upstream gradient that the next backward is expected to have: a 0-dim tensor on the device, or None for 1.
+
+    A captured CUDA graph can neither read what may be freed later nor leave what it allocated: it expects 1.
+    """
+
+    def __init__(self):
+        self.upstream = None
+
+    def get(self, input):
+        return self.upstream if self.upstream is not None and not is_capturing(input) else None
+
+    def note(self, seen, input):
+        if seen is not None and not is_capturing(input):
+            self.upstream = seen
+
+
+@functools.lru_cache(maxsize=256)
+def expectation(problem, device):
+    """That of the calls with the same options on the same device, where no module has its own."""
+    return Expectation()
+
+
+def is_capturing(input):
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_batched(upstream):
+    """Whether this stands for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
+def apply(implementation, problem, input, target, weight, expectation):
     """The loss through `implementation`, recorded for autograd if the input asks for it."""
     if torch.is_grad_enabled() and input.requires_grad:
-        return CrossEntropy.apply(input, target, weight, problem, implementation)
-    return implementation.forward(problem, input, target, weight, False)[0]
+        return CrossEntropy.apply(input, target, weight, problem, implementation, expectation)
+    return implementation.forward(problem, input, target, weight, False, None)[0]
 
 
 class CrossEntropy(torch.autograd.Function):
     """Cross entropy whose gradient with respect to the input was made during the forward pass.
 
-    The gradient for an upstream gradient of 1 goes to autograd once: autograd may keep it as `.grad` and add into
-    it, so another backward (`retain_graph=True`) makes it anew.
+    It goes to autograd once: autograd may keep it as `.grad` and add into it, so another backward
+    (`retain_graph=True`) makes it anew.
     """
 
     @staticmethod
-    def forward(ctx, input, target, weight, problem, implementation):
-        loss, made, normalizer, summary = implementation.forward(problem, input, target, weight, True)
-        ctx.save_for_backward(input, target, weight, made, normalizer, summary)
-        ctx.problem, ctx.implementation, ctx.handed_out = problem, implementation, False
+    def forward(ctx, input, target, weight, problem, implementation, expectation):
+        ctx.expected = expectation.get(input)
+        loss, made, normalizer, summary = implementation.forward(problem, input, target, weight, True, ctx.expected)
+        ctx.save_for_backward(input, target, weight, normalizer, summary)
+        ctx.made = made
+        ctx.problem, ctx.implementation, ctx.expectation = problem, implementation, expectation
         ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         if upstream is None:
-            return None, None, None, None, None
-        input, target, weight, made, normalizer, summary = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return (None,) * 6
+        input, target, weight, normalizer, summary = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(upstream):
             gradient = differentiable_gradient(ctx.problem, input, target, weight, upstream)
         else:
-            if ctx.handed_out:
-                made = None
-            ctx.handed_out = True
-            gradient = ctx.implementation.backward(
-                ctx.problem, input, target, weight, made, normalizer, summary, upstream
+            made, ctx.made = ctx.made, None
+            gradient, seen = ctx.implementation.backward(
+                ctx.problem, input, target, weight, made, normalizer, summary, upstream, ctx.expected
             )
-        return gradient, None, None, None, None
+            ctx.expectation.note(seen, input)
+        return gradient, None, None, None, None, None
 
 
 def differentiable_gradient(problem, input, target, weight, upstream):

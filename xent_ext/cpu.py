@@ -28,13 +28,16 @@ BLOCK_BYTES = 4 << 20
 SOFTMAX_WIDTH = 64
 
 
-def forward(problem, input, target, weight, want_gradient):
-    """The loss, and its gradient for an upstream gradient of 1 where the reduction is "mean" or "sum"."""
+def forward(problem, input, target, weight, want_gradient, expected):
+    """The loss, and its gradient for the upstream gradient that is `expected` (None: 1).
+
+    The gradient is made now where the reduction is "mean" or "sum", and a gradient is wanted.
+    """
     if not problem.probabilities:
         checks.bad_target(target, input.shape[class_axis(input.shape)], problem.ignore_index)
     rows = Rows(problem, input, target, weight)
     gradient = torch.empty_like(rows.input) if want_gradient and problem.reduction != "none" else None
-    losses = rows.walk(gradient)
+    losses = rows.walk(gradient, expected)
     if problem.reduction == "none":
         loss = torch.empty(batch_shape(input.shape), dtype=problem.dtype)
         rows.by_row(loss).copy_(losses)
@@ -42,14 +45,18 @@ def forward(problem, input, target, weight, want_gradient):
     return (losses.sum() / rows.normalizer()).to(problem.dtype), gradient, None, None
 
 
-def backward(problem, input, target, weight, made, normalizer, summary, upstream):
-    """The gradient for `upstream`: `made`, if that is the one for an upstream gradient of 1 and so is this."""
-    if made is not None and upstream == 1:
-        return made
+def backward(problem, input, target, weight, made, normalizer, summary, upstream, expected):
+    """The gradient for `upstream`, and what to expect the next time.
+
+    That is `made`, the gradient for `expected`, as it is where `upstream` is the same; or else overwritten.
+    """
+    seen = None if made is None else upstream.clone()
+    if made is not None and upstream == (1 if expected is None else expected):
+        return made, seen
     rows = Rows(problem, input, target, weight)
     gradient = torch.empty_like(rows.input) if made is None else made
     rows.walk(gradient, upstream)
-    return gradient
+    return gradient, seen
 
 
 def traffic(problem, input, target, weight, want_gradient):
@@ -165,7 +172,7 @@ class Rows:
             return tensor.split(rows // inner, dim)
         return [piece for one in tensor.split(1, dim) for piece in one.split(rows, dim + 1)]
 
-    def walk(self, gradient, upstream=None):
+    def walk(self, gradient, upstream):
         """Row losses, (outer, inner). The gradient times `upstream` (None: 1) is written, if one is wanted."""
         g = None if gradient is None else self.by_class(gradient, 1)
         values = torch.empty((len(RowValues._fields), *self.shape), dtype=self.acc)

@@ -106,4 +106,6 @@ def unsupported(input, target, weight):
         return "forward-mode differentiation is active"
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
     return None

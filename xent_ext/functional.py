@@ -51,7 +51,12 @@ def cross_entropy(
 
     Where the logits are saved for backward, changing them in place before it raises RuntimeError.
     """
-    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    return fused(None, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+
+def fused(expectation, *arguments):
+    """`cross_entropy` of `arguments`, all given; `expectation` is the caller's own `autograd.Expectation`, or None."""
+    input, target, weight = arguments[:3]
     if torch.compiler.is_compiling():
         return _torch_cross_entropy(*arguments)
     if has_torch_function_variadic(input, target, weight):
@@ -65,7 +70,8 @@ def cross_entropy(
     name, problem = prepare(*arguments)
     if name == "torch":
         return _torch_cross_entropy(*arguments)
-    return autograd.apply(dispatch.implementation(name), problem, input, target, weight)
+    expectation = expectation or autograd.expectation(problem, input.device)
+    return autograd.apply(dispatch.implementation(name), problem, input, target, weight, expectation)
 
 
 def prepare(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, check_values=False):
