@@ -84,7 +84,7 @@ def check(input, target, weight=None, *, wanted=("input",), function=xent_ext.cr
     ours, _ = outcome(function, tensors, wanted, options)
     true = truth(**tensors, upstream=upstream, **options)
     for name, their in theirs.items():
-        assert_as_good(name, ours[name], their, true[name])
+        assert_as_good(f"{name} with {options}", ours[name], their, true[name])
 
 
 def without_ignored(input, target, ignore_index):

@@ -35,23 +35,20 @@ all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 @all_dtypes
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@all_reductions
-@pytest.mark.parametrize("label_smoothing", SMOOTHINGS)
-def test_options(many_blocks, shape, dtype, kind, weighted, reduction, label_smoothing):
-    made = TARGETS[kind]
-    ignore = {name: value for name, value in made.items() if name == "ignore_index"}
-    args = make(shape, dtype, weighted=weighted, **made)
-    check(*args, **ignore, reduction=reduction, label_smoothing=label_smoothing)
-    assert len(many_blocks) == 1
+def test_options(many_blocks, shape, dtype, kind, weighted):
+    args = make(shape, dtype, weighted=weighted, **TARGETS[kind])
+    ignore = {} if kind == "probabilities" else {"ignore_index": TARGETS[kind].get("ignore_index", -100)}
+    for reduction, label_smoothing in itertools.product(REDUCTIONS, SMOOTHINGS):
+        check(*args, **ignore, reduction=reduction, label_smoothing=label_smoothing)
+    assert len(many_blocks) == 9
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @all_dtypes
-@all_reductions
-@pytest.mark.parametrize("label_smoothing", SMOOTHINGS)
-def test_gradients_for_probabilities_and_weight(many_blocks, shape, dtype, reduction, label_smoothing):
+@pytest.mark.parametrize("wanted", [["target"], ["weight"], ["input", "target", "weight"]], ids=",".join)
+def test_gradients_for_probabilities_and_weight(many_blocks, shape, dtype, wanted):
     args = make(shape, dtype, probabilities=True, weighted=True)
-    for wanted in (("target",), ("weight",), ("input", "target", "weight")):
+    for reduction, label_smoothing in itertools.product(REDUCTIONS, SMOOTHINGS):
         check(*args, wanted=wanted, reduction=reduction, label_smoothing=label_smoothing)
 
 
@@ -173,80 +170,75 @@ SPECIAL_PROBABILITIES = {
 }
 
 
-def special(dtype, probabilities, weighted=True):
+def special(dtype, probabilities):
     """Seven rows of five classes. No row has class 4, and row 1 has class 2, as its target."""
-    input, target, weight = make((7, 5), dtype, probabilities=probabilities, weighted=weighted)
+    input, target, weight = make((7, 5), dtype, probabilities=probabilities, weighted=True)
     if not probabilities:
         target = torch.tensor([0, 2, 1, 3, 0, 3, 1])
     return input, target, weight
 
 
+def check_each(input, target, weight):
+    """With every reduction, with and without smoothing."""
+    for reduction, label_smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
+        check(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+
+
 @all_dtypes
 @both_targets
 @pytest.mark.parametrize("name", SPECIAL_LOGITS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_special_logits(many_blocks, dtype, probabilities, name, weighted, label_smoothing):
-    input, target, weight = special(dtype, probabilities, weighted)
+def test_special_logits(many_blocks, dtype, probabilities, name):
+    input, target, weight = special(dtype, probabilities)
     SPECIAL_LOGITS[name](input)
-    for reduction in REDUCTIONS:
-        check(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    check_each(input, target, None)
+    check_each(input, target, weight)
 
 
 @all_dtypes
 @both_targets
 @pytest.mark.parametrize("name", SPECIAL_WEIGHTS)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_special_weights(many_blocks, dtype, probabilities, name, label_smoothing):
+def test_special_weights(many_blocks, dtype, probabilities, name):
     input, target, weight = special(dtype, probabilities)
     for index, value in SPECIAL_WEIGHTS[name].items():
         put(weight, index, value)
-    for reduction in REDUCTIONS:
-        check(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    check_each(input, target, weight)
 
 
 @all_dtypes
 @pytest.mark.parametrize("name", SPECIAL_PROBABILITIES)
 @pytest.mark.parametrize("masked", [None, 0, 2], ids=["", "0 masked", "2 masked"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_special_probabilities(many_blocks, dtype, name, masked, label_smoothing):
+def test_special_probabilities(many_blocks, dtype, name, masked):
     input, target, weight = special(dtype, probabilities=True)
     target[1] = torch.tensor(SPECIAL_PROBABILITIES[name])
     if masked is not None:
         input[1, masked] = -INF
-    for reduction in REDUCTIONS:
-        check(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    check_each(input, target, weight)
 
 
 @all_dtypes
 @both_targets
 @pytest.mark.parametrize("index", [0, 2, 4])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_infinite_masses(many_blocks, dtype, probabilities, index, label_smoothing):
+def test_infinite_masses(many_blocks, dtype, probabilities, index):
     """Nothing is finite that PyTorch's is not, and the reverse; but NaN and infinity may stand for each other."""
     tensors = dict(zip(("input", "target", "weight"), special(dtype, probabilities), strict=True))
     tensors["target" if probabilities else "weight"][..., index] = INF
-    for reduction in REDUCTIONS:
+    for reduction, label_smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         ours, upstream = outcome(xent_ext.cross_entropy, tensors, options=options)
         theirs, _ = outcome(F.cross_entropy, tensors, options=options, upstream=upstream)
-        assert all(torch.equal(ours[name].isfinite(), theirs[name].isfinite()) for name in theirs)
+        assert all(torch.equal(ours[name].isfinite(), theirs[name].isfinite()) for name in theirs), options
 
 
 @all_dtypes
-@all_reductions
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("rows", [1, 7], ids=["one block", "blocks ignored"])
-def test_logits_of_ignored_rows_are_not_looked_at(
-    cpu_blocks, monkeypatch, dtype, reduction, value, label_smoothing, rows
-):
+@pytest.mark.parametrize("rows", [1, 7], ids=["blocks ignored", "one block"])
+def test_logits_of_ignored_rows_are_not_looked_at(cpu_blocks, monkeypatch, dtype, value, rows):
     """PyTorch's gradient is NaN there; ours is exactly 0."""
     monkeypatch.setattr(cpu, "BLOCK_BYTES", rows * 5 * 8)
     input, target, weight = special(dtype, probabilities=False)
     target[[1, 4]] = -100
     input[[1, 4]] = value
-    check(input, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+    check_each(input, target, weight)
 
 
 # --- Layouts
