@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import run, train
+from . import kernels, run, train
 
 # A command is a module with a docstring (its help), add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"run": run, "train": train}
+COMMANDS = {"run": run, "train": train, "kernels": kernels}
 
 
 def main(argv=None) -> int:

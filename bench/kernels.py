@@ -1,0 +1,227 @@
+"""Compile every variant of the kernels, without a GPU, and say what the compiler made of them.
+
+For each variant and target: registers and bytes spilled of a thread, shared memory of a program, the accesses to
+logits and gradient by width, and the size of the code. A loss call is made as a user would make it, for a GPU that
+need not be there (see bench/offline.py): what is compiled is what that GPU would run.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import xent_ext
+from xent_ext import dispatch
+
+from . import report
+
+MOST_PROCESSES = 8  # each starts with importing PyTorch and Triton
+TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A loss call that has kernels compiled."""
+
+    why: str
+    shape: tuple
+    dtype: torch.dtype
+    probabilities: bool = False
+    weight: bool = False
+    smoothing: float = 0.0
+    reduction: str = "mean"
+    backwards: int = 1  # 0: no gradient; 2: a second backward makes the gradient anew
+
+    def __str__(self):
+        options = [
+            str(self.dtype).removeprefix("torch."),
+            *["probabilities"] * self.probabilities,
+            *["weight"] * self.weight,
+            *["smoothing"] * (self.smoothing > 0),
+            self.reduction,
+            *["no gradient"] * (self.backwards == 0),
+        ]
+        return f"{self.shape} {' '.join(options)}"
+
+    @property
+    def aligned(self):
+        """Whether neighbours in memory, classes or else rows, come in multiples of eight."""
+        return math.prod(self.shape[2:] or self.shape[1:]) % 8 == 0
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+EVERY_CLASS = {"weight": True, "smoothing": 0.1}  # every class has a target mass of its own
+VARIANTS = [
+    # Whole rows in the registers of a program.
+    Variant("short rows share a program", (4096, 1000), BF16, backwards=2),
+    Variant("and in float32", (4096, 1000), FP32),
+    Variant("nothing of the logits' size is written", (4096, 1000), BF16, backwards=0),
+    Variant("the gradient waits for its factors", (4096, 1000), BF16, reduction="none"),
+    Variant("a second tile, of probabilities", (4096, 1000), FP16, probabilities=True),
+    Variant("very short rows, no vector's multiple", (65536, 10), FP32),
+    Variant("rows start at any element", (4096, 1003), BF16),
+    Variant("the most that a thread holds of float64", (512, 8000), FP64, **EVERY_CLASS),
+    # The same with rows as neighbours in memory.
+    Variant("segmentation with class weights", (8, 19, 1024, 2048), BF16, weight=True, backwards=2),
+    Variant("a loss for each pixel", (8, 19, 1024, 2048), FP32, smoothing=0.1, reduction="none"),
+    Variant("images of no vector's multiple", (8, 21, 511, 511), FP16),
+    Variant("offsets beyond 32 bits", (1, 257, 4096, 2048), BF16, smoothing=0.1),
+    # Longer rows, in the registers of a program or of a cluster of two.
+    Variant("the most that a thread holds", (8192, 32000), BF16, backwards=2),
+    Variant("and in float32", (8192, 32000), FP32),
+    Variant("and with every option", (8192, 32000), BF16, **EVERY_CLASS),
+    Variant("and without a gradient", (8192, 32000), FP32, backwards=0, **EVERY_CLASS),
+    Variant("and a second tile, of probabilities", (8192, 32000), FP32, True, reduction="none", **EVERY_CLASS),
+    # Large vocabularies: the largest clusters, or streamed.
+    Variant("a row of the largest cluster", (4096, 128256), BF16, backwards=2),
+    Variant("and with every option", (4096, 128256), FP32, **EVERY_CLASS),
+    Variant("rows start at any element", (8192, 50257), BF16),
+    # Streamed by every target.
+    Variant("the largest vocabularies", (4096, 256000), BF16, backwards=2),
+    Variant("and in float32, beyond 2 GiB", (4096, 256000), FP32),
+    Variant("and without a gradient", (4096, 256000), FP16, backwards=0),
+    Variant("and with every option", (4096, 256000), BF16, reduction="none", **EVERY_CLASS),
+    Variant("a second tile, of probabilities", (1024, 256000), FP32, True, **EVERY_CLASS),
+    Variant("rows start at any element", (4096, 151665), BF16),
+    Variant("float64", (512, 32000), FP64),
+    Variant("rows as neighbours in memory", (4, 4096, 128, 128), BF16, **EVERY_CLASS),
+]
+
+HEADER = [
+    "variant",
+    "kernel",
+    "pass",
+    "cluster",
+    "registers",
+    "spills",
+    "shared",
+    "logits read",
+    "gradient written",
+    "code",
+]
+LEGEND = """
+Programs of a cluster, which share a row; registers of a thread (vector registers on AMD) and bytes that it spills to
+memory, with the scalar registers that AMD's compiler spills to vector registers; bytes of shared memory of a program;
+bytes of code. Accesses by the bits that one instruction moves for a thread: "4x128 2x16" are four of 128 bits and two
+of 16. The logit at a row's target is read once more by itself. A kernel that several variants share is shown once."""
+
+
+def add_arguments(parser):
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the data here too")
+
+
+def run(args) -> int:
+    if not dispatch.has_triton():
+        print("Triton is not installed: there are no kernels to compile.", file=sys.stderr)
+        return 1
+    rows = compile_all(args.target)
+    for target in args.target:
+        print(f"\n{target}\n{table([row for row in rows if row['target'] == target])}")
+    print(LEGEND)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def compile_all(targets: list[str]) -> list[dict]:
+    """Describe what every variant compiles for every target."""
+    calls = list(product(targets, VARIANTS))
+    # A forked child would inherit PyTorch's locks without its threads.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), multiprocessing.get_context("spawn")) as pool:
+        described = list(tqdm(pool.map(compile_call, *zip(*calls, strict=True)), "Compiling", len(calls), unit="call"))
+    return list(chain.from_iterable(described))
+
+
+def compile_call(target: str, variant: Variant) -> list[dict]:
+    """Make the variant's loss call, forward and backward, for the target; describe what that compiles."""
+    from . import assembly, offline  # these need Triton, which other commands do without
+
+    with offline.target(*TARGETS[target]) as launches:
+        make_call(variant)
+    return [
+        {
+            "target": target,
+            "variant": str(variant),
+            "why": variant.why,
+            "kernel": launch.name,
+            "num_ctas": launch.kernel.metadata.num_ctas,
+            "hash": launch.kernel.hash,
+            **walk(launch, variant),
+            **assembly.describe(launch.kernel),
+        }
+        for launch in launches
+    ]
+
+
+def make_call(variant: Variant):
+    """The tensors are never touched, so that they take no memory, however large."""
+    rows = variant.shape[:1] + variant.shape[2:]
+    x = torch.empty(variant.shape, dtype=variant.dtype, requires_grad=variant.backwards > 0)
+    loss = xent_ext.cross_entropy(
+        x,
+        torch.empty_like(x, requires_grad=False) if variant.probabilities else torch.empty(rows, dtype=torch.int64),
+        torch.empty(variant.shape[1], dtype=variant.dtype) if variant.weight else None,
+        reduction=variant.reduction,
+        label_smoothing=variant.smoothing,
+    )
+    for _ in range(variant.backwards):
+        torch.autograd.grad(loss, x, torch.empty_like(loss), retain_graph=True)
+
+
+def walk(launch, variant: Variant) -> dict:
+    """What a launch does with the logits, and in how many vectors of 128 bits a thread could read its tile once."""
+    arguments, metadata = launch.arguments, launch.kernel.metadata
+    if "x_ptr" not in arguments:
+        return {"pass": ""}
+    if arguments.get("expected_ptr") is not None:
+        name = "remake"
+    elif arguments["grad_ptr"] is None:
+        name = "loss"
+    else:
+        name = "gradient" if arguments.get("loss_ptr") is None else "loss+gradient"
+    tile = arguments["ROWS"] * arguments["BLOCK"] * variant.dtype.itemsize
+    threads = metadata.num_ctas * metadata.num_warps * metadata.target.warp_size
+    return {
+        "pass": name,
+        "rows": arguments["ROWS"],
+        "vectors": max(tile // (16 * threads), 1),
+        # The target's logit is read by itself where the mass has no dense part.
+        "gathers": "loss" in name and not variant.probabilities and not variant.smoothing,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each kernel, under the first variant that has it compiled."""
+    kernels: dict = {}
+    for row in rows:
+        kernels.setdefault(row["hash"], row)
+    return report.table(
+        HEADER,
+        [
+            [
+                row["variant"], row["kernel"], row["pass"], str(row["num_ctas"]), str(row["registers"]), spills(row),
+                str(row["shared_bytes"]), widths(row, "x_ptr", "load"), widths(row, "grad_ptr", "store"),
+                str(row["code_bytes"]),
+            ]
+            for row in kernels.values()
+        ],
+    )  # fmt: skip
+
+
+def spills(row: dict) -> str:
+    return f"{row['spill_bytes']}" + (f" + {row['scalar_spills']} scalar" if row["scalar_spills"] else "")
+
+
+def widths(row: dict, argument: str, kind: str) -> str:
+    """Accesses by their bits, widest first."""
+    counts = row["accesses"].get(argument, {}).get(kind, {})
+    return " ".join(f"{counts[bits]}x{bits}" for bits in sorted(counts, reverse=True))

@@ -1,0 +1,171 @@
+"""What Triton compiles the kernels to, for GPUs that need not be there: the data of `python -m bench kernels`."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.kernels import TARGETS, VARIANTS
+from xent_ext import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed")
+
+
+def python(*arguments):
+    """Run Python where Triton compiles; in this process its interpreter may have taken the compiler's place."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+# Each kernel, with all that it is compiled for; helpers walk no logits.
+PASSES = {
+    "resident": {"loss", "loss+gradient", "remake", "gradient"},
+    "cluster": {"loss", "loss+gradient", "remake", "gradient"},  # `resident`, shared by several programs
+    "streaming": {"loss", "loss+gradient"},
+    "gradient": {"remake", "gradient"},
+    "normalizer_parts": {""},
+    "sum_parts": {""},
+}
+LOGITS = [kernel for kernel in PASSES if PASSES[kernel] != {""}]
+VECTORS = (torch.bfloat16, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The rows of `python -m bench kernels` for a kernel and a target."""
+    path = tmp_path_factory.mktemp("kernels") / "kernels.json"
+    python("-m", "bench", "kernels", "--json", str(path))
+    rows = json.loads(path.read_text())
+
+    def of(kernel, target):
+        if kernel == "cluster" and not has_clusters(target):
+            pytest.skip(f"no clusters on {target}")
+        found = [row for row in rows if row["target"] == target and kernel_of(row) == kernel]
+        assert {row["pass"] for row in found} == PASSES[kernel]
+        return found
+
+    return of
+
+
+def kernel_of(row):
+    return "cluster" if row["num_ctas"] > 1 else row["kernel"]
+
+
+def has_clusters(target):
+    backend, arch = TARGETS[target]
+    launch = dispatch.implementation("triton")
+    return launch.largest_cluster(SimpleNamespace(backend=backend, arch=arch)) > 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", PASSES)
+def test_nothing_spills_to_memory(compiled, kernel, target):
+    spilled = [
+        f"{row['variant']} ({row['pass']}): {row['registers']} registers, {row['spill_bytes']} bytes spilled"
+        for row in compiled(kernel, target)
+        if row["spill_bytes"]
+    ]
+    assert not spilled, "\n".join(spilled)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", LOGITS)
+def test_logits_move_in_128_bits(compiled, kernel, target):
+    """Exactly as many 128-bit accesses as a thread's part of the tile fills, and no other access to its logits.
+
+    That leaves no room for a tile that is read in part by narrower ones, or twice. Only the logit at the target of
+    each of the tile's rows may be read once more by itself.
+    """
+    variants = {str(v): v for v in VARIANTS if v.aligned and v.dtype in VECTORS}
+    for row in compiled(kernel, target):
+        if row["variant"] not in variants:
+            continue
+        where = f"{row['variant']} ({row['pass']})"
+        accesses, vectors = row["accesses"], row["vectors"]
+        writes = row["pass"] != "loss"
+        reads = 2 if kernel == "streaming" and writes else 1
+        load = dict(accesses["x_ptr"]["load"])
+        assert load.pop("128", 0) == reads * vectors, where
+        assert sum(load.values()) <= (row["rows"] if row["gathers"] else 0), where
+        if variants[row["variant"]].probabilities:
+            assert accesses["q_ptr"]["load"] == {"128": reads * vectors}, where
+        if writes:
+            assert accesses["grad_ptr"] == {"load": {}, "store": {"128": vectors}}, where
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", LOGITS)
+def test_assembly_has_the_wide_accesses(compiled, kernel, target):
+    """The widths come from LLVM IR, where pointers have names; the assembly, where they have none, agrees."""
+    for row in compiled(kernel, target):
+        for kind, found in row["wide"].items():
+            assert found >= sum(counts[kind].get("128", 0) for counts in row["accesses"].values()), row["variant"]
+
+
+@pytest.mark.parametrize(("target", "classes", "threads"), [("sm_90", 8000, 32), ("gfx942", 32000, 64)])
+def test_spills_are_noticed(target, classes, threads):
+    """A row whose logits alone fill every register that its threads can have."""
+    code = f"""if True:
+        import torch
+        from bench.kernels import Variant, compile_call
+        from xent_ext import plan
+        plan.MAX_THREADS = {threads}
+        rows = compile_call("{target}", Variant("", (8, {classes}), torch.float32, backwards=0))
+        print(*[row["spill_bytes"] for row in rows if row["pass"]])
+    """
+    assert int(python("-c", code)) > 0
+
+
+def test_accesses_are_traced_to_their_arguments():
+    assembly = pytest.importorskip("bench.assembly")
+    ir = """
+define ptx_kernel void @kernel(ptr addrspace(1) inreg captures(none) %0, ptr addrspace(1) align 16 dereferenceable(4) %1, i32 %2, ptr addrspace(1) %3) {
+  %p = getelementptr [2 x i8], ptr addrspace(1) %0, i64 %n
+  %4 = tail call { i32, i32, i32, i32 } asm sideeffect "@$5 ld.global.L1::evict_last.v4.b32 { $0, $1, $2, $3 }, [ $4 + 0 ];", "=r,=r,=r,=r,l,b"(ptr addrspace(1) %p, i1 %m)
+  %q = phi ptr addrspace(1) [ %p, %a ], [ %r, %b ]
+  %5 = tail call i16 asm sideeffect "ld.global.b16 { $0 }, [ $1 + 0 ];", "=c,l"(ptr addrspace(1) %q)
+  %6 = load <4 x float>, ptr addrspace(3) @shared, align 16
+  %7 = tail call ptr addrspace(8) @llvm.amdgcn.make.buffer.rsrc.p8.p1(ptr addrspace(1) %1, i16 0, i64 9, i32 9)
+  %8 = tail call <4 x i32> @llvm.amdgcn.raw.ptr.buffer.load.v4i32(ptr addrspace(8) %7, i32 %o, i32 0, i32 0)
+  %9 = load <8 x bfloat>, ptr addrspace(1) %0, align 16
+  store i16 %5, ptr addrspace(1) %1, align 2
+  tail call void @llvm.amdgcn.raw.ptr.buffer.store.f32(float %x, ptr addrspace(8) %7, i32 %o, i32 0, i32 0)
+}
+"""  # noqa: E501
+    source = SimpleNamespace(signature={"x": "*bf16", "none": "constexpr", "y": "*fp32", "n": "i32"}, constants={})
+    assert assembly.accesses(SimpleNamespace(asm={"llir": ir}, src=source)) == {
+        "x": {"load": Counter({128: 2, 16: 1}), "store": Counter()},
+        "y": {"load": Counter({128: 1}), "store": Counter({16: 1, 32: 1})},
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_offline_target_is_active_only_inside(name, monkeypatch):
+    offline = pytest.importorskip("bench.offline")
+    driver = offline.triton.runtime.driver
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend, arch = TARGETS[name]
+    before = dict(vars(driver))
+    with offline.target(backend, arch):
+        assert driver.active.get_current_target() == offline.GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+        assert offline.launch.device_properties(0).arch == arch
+        assert dispatch.BACKEND == "triton"
+    assert dict(vars(driver)) == before
+    assert offline.launch.device_properties.cache_info().currsize == 0
+
+
+def test_interpreter_cannot_compile(monkeypatch):
+    offline = pytest.importorskip("bench.offline")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), offline.target("cuda", 90):
+        pass
