@@ -88,7 +88,7 @@ def target(backend, arch):
         mock.patch.dict(vars(triton.runtime.driver)),  # puts back whatever driver was active
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
-        mock.patch.object(launch, "clusters_work", lambda device, num_ctas: True),  # it would run them to see
+        mock.patch.object(launch, "clusters_work", return_value=True),  # it would run them to see
     ):
         triton.runtime.driver.set_active(Driver(backend, arch))
         launch.device_properties.cache_clear()

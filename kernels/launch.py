@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..layout import arrange, batch_shape
-from ..plan import CLUSTER_SHARE, REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan, vectors
+from ..plan import REDUCTION, Device, Traffic, gradient_plan, is_wide, parts, plan, vectors
 from ..problem import Problem
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
@@ -47,34 +47,37 @@ def largest_cluster(target):
     return 8 if target.backend == "cuda" and target.arch >= 90 and triton_version >= (3, 9) else 1
 
 
-def clusters_work(device, num_ctas):
-    """Whether clusters of this size can be used; while a CUDA graph is captured, only if that is known already."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and (device, num_ctas) not in _checked:
-        return False
-    if (device, num_ctas) not in _checked:
-        _checked[device, num_ctas] = check_clusters(device, num_ctas)
-    return _checked[device, num_ctas]
+def clusters_work(device, plan):
+    """Whether a plan's clusters can be used; while a CUDA graph is captured, only if that is known already."""
+    key = (device, plan.block, plan.num_warps, plan.num_ctas)
+    if key not in _checked:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _checked[key] = check_clusters(device, plan)
+    return _checked[key]
 
 
 _checked = {}
 
 
-def check_clusters(device, num_ctas):
-    """Whether clusters of this size give the loss and gradient that `streaming` gives, on a few rows.
+def check_clusters(device, plan):
+    """Whether the plan's clusters give the loss and gradient that `streaming` gives, on a few rows.
 
     Run once for each process, by the first call that would use them; waits for the device.
     """
-    classes = num_ctas * CLUSTER_SHARE - 37
+    classes = plan.block - 36
     input = (torch.arange(3 * classes, device=device) * 7919 % 10007).div(1000.0).view(3, classes)
     target = torch.tensor([0, -100, classes - 1], device=device)
-    problem = Problem(False, "sum", -100, 0.1, torch.float32)
-    alone = device_properties(device.index or 0)
+    problem = Problem(False, "sum", -100, 0.0, torch.float32)
+    clustered = dataclasses.replace(plan, programs=3)
+    streamed = dataclasses.replace(clustered, schedule="streaming", block=plan.block // plan.num_ctas, num_ctas=1)
     try:
-        loss, gradient = run(Call(problem, input, target, None, alone), True, None)[:2]
-        expected = run(Call(problem, input, target, None, dataclasses.replace(alone, cluster=1)), True, None)[:2]
-        torch.testing.assert_close((loss, gradient), expected)
+        found, expected = (run(Call(problem, input, target, None, p), True, None)[:2] for p in (clustered, streamed))
+        torch.testing.assert_close(found, expected)
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
-        warnings.warn(f"xent_ext streams long rows on {device}, as clusters of {num_ctas} fail: {error}", stacklevel=2)
+        warnings.warn(
+            f"xent_ext streams long rows on {device}, as clusters of {plan.num_ctas} fail: {error}", stacklevel=2
+        )
         return False
     return True
 
@@ -163,18 +166,23 @@ def on_device(tensor):
 class Call:
     """One call's tensors, their layout and plan, and the kernels launched with them."""
 
-    def __init__(self, problem, input, target, weight, device=None):
-        """`device` is what to plan for: by default the input's, with clusters only where they work."""
+    def __init__(self, problem, input, target, weight, plan=None):
         self.problem = problem
         self.acc = accumulation_dtype(problem.dtype)
         self.weight = None if weight is None else weight.contiguous()
         self.input, self.q, self.layout = arrange(input, target if problem.probabilities else None)
         self.target = None if problem.probabilities else target.contiguous()
-        sizes = input.element_size(), self.acc.itemsize
-        properties = device or device_properties(input.device.index or 0)
-        self.plan = plan(self.layout, *sizes, properties)
-        if device is None and self.plan.num_ctas > 1 and not clusters_work(input.device, self.plan.num_ctas):
-            self.plan = plan(self.layout, *sizes, dataclasses.replace(properties, cluster=1))
+        self.plan = plan or self.usual_plan()
+
+    def usual_plan(self):
+        """The plan for the input's device, with clusters only where they work."""
+        device = device_properties(self.input.device.index or 0)
+        dense = self.problem.probabilities or self.problem.label_smoothing > 0
+        usual = functools.partial(plan, self.layout, self.input.element_size(), self.acc.itemsize, dense=dense)
+        found = usual(device)
+        if found.num_ctas > 1 and not clusters_work(self.input.device, found):
+            found = usual(dataclasses.replace(device, cluster=1))
+        return found
 
     def new(self, *shape, dtype=None):
         return torch.empty(shape, dtype=dtype or self.acc, device=self.input.device)

@@ -69,6 +69,7 @@ def resident(
     q_rows = None
     if q_ptr is None:
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
+        point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
         q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
@@ -82,8 +83,6 @@ def resident(
         e = exponentials(z, m)
         s = tl.sum(e, 1)
 
-        if q_ptr is None:
-            point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
         b = tile_mass(
             q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
         )

@@ -46,45 +46,54 @@ def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# A row stays resident while a thread holds at most 64 of its logits as float32: above that the registers of
-# 16 warps (65536 on every target) no longer hold the tile and its temporaries, and the compiler spills.
-RESIDENT_TILE = 32768
-# A long row is shared by a cluster of programs of this many logits each: 32 for each of 512 threads takes 64 registers,
-# so that two programs share a processor and one loads while the other stores.
-CLUSTER_SHARE = 16384
-# Short rows share a program: 4096 logits give 4 warps 32 each, four 128-bit bfloat16 loads in flight per thread.
+# At most 512 threads: more than 64 registers for each, or two programs on a processor with 64. AMD's wavefronts are 64
+# wide, so this is half as many warps there.
+MAX_THREADS = 512
+# Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
+# registers.
+LOGITS_PER_THREAD = 32
+# Short rows share a program: 4096 logits give 4 warps 32 each.
 PACKED_TILE = 4096
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
 # this many bytes of rows wide, or it fetches what it does not use.
 SECTOR = 32
-# One streamed block: 16 warps with 32 logits a thread, so that only two programs share a processor and L2 sees few rows
-# at once. (8192, four programs: 1.45 x the floor in DRAM at 128256 bfloat16 classes on sm_90, against 1.41; modelled.)
-STREAMED_BLOCK = 16384
 # A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
 STREAMED_ROWS = 64
-# Threads hold this many logits each where the tile allows it, ...
-LOGITS_PER_THREAD = 32
-# ... in at most 512 threads, above which two programs no longer fit on a streaming multiprocessor with 64
-# registers a thread; AMD's wavefronts are 64 wide, so this is half as many warps there.
-MAX_THREADS = 512
 
 
-def plan(layout, itemsize, accumulated, device):
-    """Schedule and launch numbers for logits of `itemsize` bytes, computed in `accumulated` bytes, seen as `layout`."""
-    resident_tile, streamed_block = RESIDENT_TILE, STREAMED_BLOCK
-    if accumulated == 8:  # float64 takes two registers
-        resident_tile, streamed_block = resident_tile // 4, streamed_block // 4
+def most_logits_per_thread(layout, itemsize, accumulated, dense):
+    """How many logits a thread can hold before the compiler spills registers, on any of the targets; compiled, not run.
+
+    Half precision is kept packed; a dense target mass (smoothing or probabilities) is held beside the logits, as are
+    the addresses of logits that are not accessed by vectors; float64 takes two registers.
+    """
+    most = 64 if itemsize == 2 else 32
+    if dense or max(vectors(layout, itemsize)) == 1:
+        most = 16
+    return most // 2 if accumulated == 8 else most
+
+
+def plan(layout, itemsize, accumulated, device, dense=False):
+    """Schedule and launch numbers for logits seen as `layout`.
+
+    Args:
+        itemsize: bytes of a logit.
+        accumulated: bytes of the dtype that is computed in.
+        dense: whether every class has target mass: class probabilities, or label smoothing.
+    """
+    most = most_logits_per_thread(layout, itemsize, accumulated, dense)
+    held = min(most, LOGITS_PER_THREAD)
     _, s_inner, s_class = layout.strides[0]
     width = next_power_of_2(layout.classes)
     neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
     fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
-    if not neighbours and accumulated == 4 and CLUSTER_SHARE < width <= CLUSTER_SHARE * device.cluster:
-        warps = MAX_THREADS // device.lanes
-        return Plan("resident", 1, width, warps, layout.rows, num_ctas=width // CLUSTER_SHARE)
-    if width * fewest <= resident_tile:
-        return _plan("resident", layout, max(PACKED_TILE // width, fewest), width, device)
-    rows = STREAMED_ROWS if neighbours else 1
-    return _plan("streaming", layout, rows, streamed_block // min(rows, next_power_of_2(layout.inner)), device)
+    share = MAX_THREADS * held
+    if not neighbours and accumulated == 4 and share < width <= share * device.cluster:
+        return Plan("resident", 1, width, MAX_THREADS // device.lanes, layout.rows, num_ctas=width // share)
+    if width * fewest <= MAX_THREADS * most:
+        return _plan("resident", layout, max(PACKED_TILE // width, fewest), width, held, device)
+    rows = min(STREAMED_ROWS if neighbours else 1, next_power_of_2(layout.inner))
+    return _plan("streaming", layout, rows, share // rows, held, device)
 
 
 def gradient_plan(layout, forward):
@@ -94,9 +103,9 @@ def gradient_plan(layout, forward):
     return Plan("gradient", forward.rows, forward.block, forward.num_warps, programs)
 
 
-def _plan(schedule, layout, rows, block, device):
+def _plan(schedule, layout, rows, block, held, device):
     rows = min(rows, next_power_of_2(layout.inner))
-    threads = min(max(rows * block // LOGITS_PER_THREAD, device.lanes), MAX_THREADS)
+    threads = min(max(rows * block // held, device.lanes), MAX_THREADS)
     programs = layout.outer * -(-layout.inner // rows)
     return Plan(schedule, rows, block, threads // device.lanes, programs)
 
