@@ -89,6 +89,54 @@ def test_any_factor_gives_the_bits_of_a_direct_computation(fused, device, dtype,
         torch.testing.assert_close(gradient(loss, args["input"], upstream), direct, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("criterion", ["function", "module"])
+def test_the_last_factor_is_expected_again(fused, device, reduction, criterion):
+    """The gradient made ahead is the one for the last upstream gradient, and is right at once if that comes again."""
+    args = call(device=device)
+    module = xent_ext.CrossEntropyLoss(args["weight"], reduction=reduction)
+
+    def loss():
+        if criterion == "module":
+            return module(args["input"], args["target"])
+        return xent_ext.cross_entropy(**args, reduction=reduction)
+
+    for factor in (1.0, 0.25, 0.25, 3.0, 1.0):
+        upstream = torch.full_like(loss(), factor)
+        single = gradient(loss(), args["input"], upstream)
+        assert torch.equal(loss().grad_fn.made, single)
+        other = gradient(F.cross_entropy(**args, reduction=reduction), args["input"], upstream)
+        torch.testing.assert_close(single, other)
+
+
+def test_modules_have_expectations_of_their_own(fused, device):
+    args = call(device=device)
+    modules = [xent_ext.CrossEntropyLoss() for _ in range(2)]
+
+    def step(module, factor):
+        """The gradient made ahead, and the gradient."""
+        loss = module(args["input"], args["target"])
+        made = loss.grad_fn.made.clone()
+        return made, gradient(loss, args["input"], torch.full_like(loss, factor))
+
+    for _ in range(2):
+        steps = [step(module, factor) for module, factor in zip(modules, (0.25, 3.0), strict=True)]
+    for made, single in steps:
+        assert torch.equal(made, single)
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 65504.0])
+def test_an_expectation_from_another_dtype(fused, device, factor):
+    """One module for logits of several dtypes: 1/3 is another number in each."""
+    module = xent_ext.CrossEntropyLoss()
+    for dtype in (*DTYPES, *reversed(DTYPES)):
+        args = call(dtype=dtype, device=device)
+        upstream = torch.tensor(factor, dtype=dtype, device=device)
+        ours = gradient(module(args["input"], args["target"]), args["input"], upstream)
+        fresh = gradient(xent_ext.CrossEntropyLoss()(args["input"], args["target"]), args["input"], upstream)
+        assert torch.equal(ours, fresh)
+
+
 @pytest.mark.parametrize(
     "memory",
     [{}, {"order": (2, 0, 1)}, {"step": 2, "padding": 1}, {"repeated": (0, 1, 2)}, {"repeated": (1,)}],
