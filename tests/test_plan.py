@@ -46,11 +46,11 @@ def is_power_of_2(n):
     return n > 0 and n & (n - 1) == 0
 
 
-@given(layouts(), dtypes, st.sampled_from(list(DEVICES.values())))
+@given(layouts(), dtypes, st.sampled_from(list(DEVICES.values())), st.booleans())
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_every_plan_covers_its_rows_and_fits_its_device(layout, dtype, device):
+def test_every_plan_covers_its_rows_and_fits_its_device(layout, dtype, device, dense):
     itemsize, accumulated = dtype
-    found = plan(layout, itemsize, accumulated, device)
+    found = plan(layout, itemsize, accumulated, device, dense)
     # Triton's tiles are powers of 2, and so are its warps.
     assert is_power_of_2(found.rows)
     assert is_power_of_2(found.block)
@@ -118,12 +118,17 @@ def test_clusters_keep_long_rows_resident():
     assert (beyond.schedule, beyond.num_ctas) == ("streaming", 1)
 
 
-def test_float64_holds_fewer_logits():
-    """A quarter as many are resident: each takes two registers, and so do its temporaries."""
+def longest_resident(itemsize, accumulated, dense=False):
     device = DEVICES["sm_90"]
-    assert plan(contiguous(64, 8192), 8, 8, device).schedule == "resident"
-    assert plan(contiguous(64, 8193), 8, 8, device).schedule == "streaming"
-    assert plan(contiguous(64, 8193), 4, 8, device).schedule == "streaming"  # float32 logits, float64 probabilities
+    plans = {1 << k: plan(contiguous(64, 1 << k), itemsize, accumulated, device, dense) for k in range(20)}
+    return max(classes for classes, found in plans.items() if found.schedule == "resident")
+
+
+def test_what_takes_more_registers_streams_sooner():
+    half, single, double = longest_resident(2, 4), longest_resident(4, 4), longest_resident(8, 8)
+    assert half >= single >= 2 * double
+    assert longest_resident(2, 8) <= half // 2  # half-precision logits, float64 probabilities
+    assert longest_resident(2, 4, dense=True) <= half // 2  # a target mass beside every logit
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000, 32000, 128256])
