@@ -120,6 +120,8 @@ def test_spills_are_noticed(target, classes, threads):
         from bench.kernels import Variant, compile_call
         from xent_ext import plan
         plan.MAX_THREADS = {threads}
+        plan.LOGITS_PER_THREAD = 512
+        plan.most_logits_per_thread = lambda *args: 512
         rows = compile_call("{target}", Variant("", (8, {classes}), torch.float32, backwards=0))
         print(*[row["spill_bytes"] for row in rows if row["pass"]])
     """

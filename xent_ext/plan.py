@@ -64,13 +64,14 @@ STREAMED_ROWS = 64
 def most_logits_per_thread(layout, itemsize, accumulated, dense):
     """How many logits a thread can hold before the compiler spills registers, on any of the targets; compiled, not run.
 
-    Half precision is kept packed; a dense target mass (smoothing or probabilities) is held beside the logits, as are
-    the addresses of logits that are not accessed by vectors; float64 takes two registers.
+    Half precision is kept packed. A dense target mass (smoothing or probabilities) is held beside the logits, and so
+    are the addresses of long rows that are not accessed by vectors; float64 takes two registers for everything.
     """
+    class_vec, row_vec = vectors(layout, itemsize)
     most = 64 if itemsize == 2 else 32
-    if dense or max(vectors(layout, itemsize)) == 1:
+    if dense or (class_vec == row_vec == 1 and layout.classes > PACKED_TILE):
         most = 16
-    return most // 2 if accumulated == 8 else most
+    return most // 4 if accumulated == 8 else most
 
 
 def plan(layout, itemsize, accumulated, device, dense=False):
@@ -86,14 +87,23 @@ def plan(layout, itemsize, accumulated, device, dense=False):
     _, s_inner, s_class = layout.strides[0]
     width = next_power_of_2(layout.classes)
     neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
+    # With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
+    threads = MAX_THREADS // 2 if neighbours else MAX_THREADS
     fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
-    share = MAX_THREADS * held
-    if not neighbours and accumulated == 4 and share < width <= share * device.cluster:
-        return Plan("resident", 1, width, MAX_THREADS // device.lanes, layout.rows, num_ctas=width // share)
-    if width * fewest <= MAX_THREADS * most:
-        return _plan("resident", layout, max(PACKED_TILE // width, fewest), width, held, device)
-    rows = min(STREAMED_ROWS if neighbours else 1, next_power_of_2(layout.inner))
-    return _plan("streaming", layout, rows, share // rows, held, device)
+    if not neighbours and accumulated == 4 and threads * held < width <= threads * held * device.cluster:
+        num_ctas = width // (threads * held)
+        return Plan("resident", 1, width, threads // device.lanes, layout.rows, num_ctas)
+    if width * fewest <= threads * most:
+        rows, block = max(PACKED_TILE // width, fewest), width
+        schedule = "resident"
+    else:
+        rows = min(STREAMED_ROWS if neighbours else 1, next_power_of_2(layout.inner))
+        block = threads * held // rows
+        schedule = "streaming"
+    rows = min(rows, next_power_of_2(layout.inner))
+    warps = min(max(rows * block // held, device.lanes), threads) // device.lanes
+    programs = layout.outer * -(-layout.inner // rows)
+    return Plan(schedule, rows, block, warps, programs)
 
 
 def gradient_plan(layout, forward):
@@ -101,13 +111,6 @@ def gradient_plan(layout, forward):
     blocks = -(-layout.classes // forward.block)
     programs = forward.programs * blocks
     return Plan("gradient", forward.rows, forward.block, forward.num_warps, programs)
-
-
-def _plan(schedule, layout, rows, block, held, device):
-    rows = min(rows, next_power_of_2(layout.inner))
-    threads = min(max(rows * block // held, device.lanes), MAX_THREADS)
-    programs = layout.outer * -(-layout.inner // rows)
-    return Plan(schedule, rows, block, threads // device.lanes, programs)
 
 
 def vectors(layout, itemsize):
