@@ -101,12 +101,17 @@ def buffer(like, dtype):
     return memory[:size].view(dtype).as_strided(like.shape, order)
 
 
+def gather(x, index, out):
+    """x[..., index] by row: PyTorch's gather is quick where the dimension is not the last."""
+    torch.gather(x.transpose(1, 2), 1, index.unsqueeze(1), out=out.unsqueeze(1))
+
+
 class RowValues(NamedTuple):
     """One number for each row of a call, or of a block."""
 
     scale: torch.Tensor  # upstream gradient over the normaliser
     point: torch.Tensor  # mass at the class index beside the dense mass; 0 for probabilities
-    z: torch.Tensor  # logit at the class index
+    z: torch.Tensor  # logit, or probability, at the class index
     m: torch.Tensor
     s: torch.Tensor
     mass: torch.Tensor
@@ -129,6 +134,7 @@ class Rows:
         else:
             self.read_index(self.by_row(target).long())
         self.dense = problem.probabilities or problem.label_smoothing > 0
+        self.by_softmax = not self.dense and self.layout.classes >= SOFTMAX_WIDTH
 
     def by_class(self, tensor, which):
         """A tensor of the input's shape as (outer, inner, class); `which` of the layout's strides it has."""
@@ -185,6 +191,8 @@ class Rows:
         for *tensors, block in zip(*pieces, self.blocks(values, 1), strict=False):
             self.block(*tensors, RowValues(*block.unbind()))
         losses = row.mass * row.s.log() - row.dot
+        if self.by_softmax:
+            self.correct_unlikely(losses, row)
         return losses if self.ignored is None else losses.masked_fill_(self.ignored, 0)
 
     def block(self, x, g, q, index, ignored, row):
@@ -197,22 +205,14 @@ class Rows:
         e = g if g is not None and x.dtype == self.acc else buffer(x, self.acc)
         if x.dtype != self.acc:
             x = e.copy_(x)
-        torch.amax(x, -1, out=row.m)
-        if index is not None:
-            # A gather is quick where the dimension is not the last.
-            torch.gather(x.transpose(1, 2), 1, index.unsqueeze(1), out=row.z.unsqueeze(1))
-            torch.mul(row.point, row.z - row.m, out=row.dot)
-        if self.dense:
-            torch.sub(x, row.m.unsqueeze(-1), out=e)
-            b = self.dense_mass(q)
-            row.mass.add_(b.expand(e.shape).sum(-1))
-            dot = b * e.sum(-1) if b.dim() == 0 else (b * e).sum(-1)
-            row.dot.copy_(dot if index is None else dot.add_(row.dot))
-        total = self.exponentials(x, e, row)
+        if self.by_softmax:
+            b, total = None, self.softmax(x, e, index, row)
+        else:
+            b, total = self.exponentials(x, e, q, index, row)
         if g is None:
             return
         e.mul_((row.mass * row.scale / total).unsqueeze(-1))
-        if self.dense:
+        if b is not None:
             e.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
         if index is not None:
             e.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), (row.point * -row.scale).unsqueeze(1))
@@ -221,15 +221,38 @@ class Rows:
         if e is not g:
             g.copy_(e)
 
-    def exponentials(self, x, e, row):
-        """Write exp(x - m) * total / s to e, and s; returns total. Where `dense`, e holds x - m already."""
-        if not self.dense and x.shape[-1] >= SOFTMAX_WIDTH:
-            torch.softmax(x, -1, out=e)
-            torch.reciprocal(e.amax(-1), out=row.s)
-            return 1
-        if not self.dense:
-            torch.sub(x, row.m.unsqueeze(-1), out=e)
-        return torch.sum(e.exp_(), -1, out=row.s)
+    def softmax(self, x, e, index, row):
+        """Write p to e, and to the row s = 1 / p_t, as if the logit at the index were the maximum; returns sum p."""
+        torch.softmax(x, -1, out=e)
+        gather(e, index, out=row.z)
+        torch.reciprocal(row.z, out=row.s)
+        row.dot.zero_()
+        return 1
+
+    def correct_unlikely(self, losses, row):
+        """Losses of the rows whose p_t is so small that it lost digits, or is 0, from their logits."""
+        unlikely = row.s > torch.finfo(self.acc).max ** 0.75
+        if self.ignored is not None:
+            unlikely &= ~self.ignored
+        for rows in unlikely.nonzero().split(rows_per_block(self.layout, self.acc)):
+            at = rows.unbind(1)
+            logp = self.x[at].to(self.acc).log_softmax(-1)
+            losses[at] = row.mass[at] * -logp.gather(1, self.index[at].unsqueeze(1)).squeeze(1)
+
+    def exponentials(self, x, e, q, index, row):
+        """Write exp(z - m) to e, and mass, s and dot to the row; returns the dense mass, or None, and s."""
+        torch.amax(x, -1, out=row.m)
+        if index is not None:
+            gather(x, index, out=row.z)
+            torch.mul(row.point, row.z - row.m, out=row.dot)
+        torch.sub(x, row.m.unsqueeze(-1), out=e)
+        b = None
+        if self.dense:
+            b = self.dense_mass(q)
+            row.mass.add_(b.expand(e.shape).sum(-1))
+            dot = b * e.sum(-1) if b.dim() == 0 else (b * e).sum(-1)
+            row.dot.copy_(dot if index is None else dot.add_(row.dot))
+        return b, torch.sum(e.exp_(), -1, out=row.s)
 
     def dense_mass(self, q):
         """The mass that every class has beside the point mass, as (), (C) or (outer, inner, C)."""
