@@ -32,12 +32,12 @@ def shape(request, monkeypatch):
     if request.param == "resident":
         return 6, 40
     small_tiles(monkeypatch)
-    return 4, 1100
+    return 4, 2100
 
 
 def small_tiles(monkeypatch):
-    """Tiles of 128 logits; clusters, where there are any, hold up to 1024."""
-    monkeypatch.setattr(plan, "MAX_THREADS", 32)
+    """Tiles of 256 logits; clusters, where there are any, hold up to 2048."""
+    monkeypatch.setattr(plan, "MAX_THREADS", 64)
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
 
 
@@ -142,7 +142,7 @@ def test_clusters(monkeypatch):
     small_tiles(monkeypatch)
     args = make((4, 700), ignored=0.3, weighted=True, device=DEVICE)
     traffic = xent_ext.explain(*args).traffic
-    assert (traffic.schedule, traffic.numbers["num_ctas"]) in (("resident", 8), ("streaming", 1))
+    assert (traffic.schedule, traffic.numbers["num_ctas"]) in (("resident", 4), ("streaming", 1))
     for reduction in ("mean", "none"):
         check(*args, reduction=reduction)
 
@@ -212,7 +212,7 @@ def test_all_ignored(shape):
         assert (x.grad == 0).all()
 
 
-@pytest.mark.parametrize("bad", [-1, 1100, 2**31, 2**32, -(2**40)])
+@pytest.mark.parametrize("bad", [-1, 2100, 2**31, 2**32, -(2**40)])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_target_out_of_range_is_nan_in_its_row_alone(shape, bad, label_smoothing):
     input, target, weight = make(shape, weighted=True, device=DEVICE)

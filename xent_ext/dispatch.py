@@ -31,7 +31,7 @@ CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
 SMALL = 1 << 16  # below this always; else below ...
 SMALL_FLOAT_ROWS = 1 << 20  # ... for (N, C) in float32 and float64
 SMALL_HALF_ROWS = 1 << 23  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
-SMALL_IMAGES = 1 << 22  # ... for every other shape
+SMALL_IMAGES = 1 << 22  # ... for every other shape, and always in half precision where classes are strided
 SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -50,14 +50,14 @@ def has_triton():
 
 
 def is_small(input):
-    """Whether PyTorch's own takes the call before its arguments are looked at."""
+    """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
     if BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
     size = input.numel()
     if size < SMALL:
         return True
     if input.dim() != 2:
-        return size < SMALL_IMAGES
+        return size < SMALL_IMAGES or (input.element_size() == 2 and input.stride(1) != 1)
     return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if input.element_size() == 2 else SMALL_FLOAT_ROWS)
 
 
@@ -79,7 +79,7 @@ def route(input, target, weight):
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
     if is_small(input):
-        return "torch", "few logits on a CPU, where PyTorch's own is faster"
+        return "torch", "few logits, or half precision images, on a CPU, where PyTorch's own is faster"
     return "cpu", "the logits are on a CPU"
 
 

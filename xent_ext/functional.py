@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn._reduction import get_enum
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd, checks, dispatch, reference
@@ -10,6 +11,16 @@ from .problem import Problem
 
 # Kept here, so that what stands under this name later does not matter.
 _torch_cross_entropy = F.cross_entropy
+_REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
+
+
+def _small_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
+    """`F.cross_entropy`, without its Python where that has nothing to do: a tenth of the time of a few logits."""
+    if size_average is None and reduce is None and type(reduction) is str and reduction in _REDUCTIONS:
+        return torch._C._nn.cross_entropy_loss(
+            input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
+        )
+    return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 def cross_entropy(
@@ -63,7 +74,7 @@ def fused(expectation, *arguments):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
     if dispatch.is_small(input):
         try:
-            return _torch_cross_entropy(*arguments)
+            return _small_cross_entropy(*arguments)
         except Exception:
             prepare(*arguments, check_values=True)  # raises the same, said more clearly
             raise
