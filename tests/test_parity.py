@@ -437,8 +437,7 @@ def test_sizes_decide(monkeypatch):
         ((40, 5), False),  # as few classes as this are always faster
         ((40, 5), True),
         ((40, 500), False),
-        ((4, 50, 50), False),
-        ((4, 50, 50), True),
+        ((4, 50, 50), False),  # in half precision PyTorch's own is faster for images of any size
     }
     assert set(taken.values()) == {"cpu", "torch"}
 
