@@ -1,6 +1,7 @@
 """From torch tensors to kernel launches; the only module that knows both.
 
-Nothing here reads a value from the device: normalisers, losses and decisions stay there.
+Nothing here reads a value from the device: normalisers, losses and decisions stay there. The one exception is the check
+of clusters, once for each process.
 """
 
 import contextlib
@@ -72,7 +73,10 @@ def check_clusters(device, plan):
     clustered = dataclasses.replace(plan, programs=3)
     streamed = dataclasses.replace(clustered, schedule="streaming", block=plan.block // plan.num_ctas, num_ctas=1)
     try:
-        found, expected = (run(Call(problem, input, target, None, p), True, None)[:2] for p in (clustered, streamed))
+        with on_device(input):
+            found, expected = (
+                run(Call(problem, input, target, None, p), True, None)[:2] for p in (clustered, streamed)
+            )
         torch.testing.assert_close(found, expected)
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
         warnings.warn(

@@ -30,7 +30,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def nothing_expected():
     """Each test's first upstream gradient is expected to be 1."""
-    autograd.expectation.cache_clear()
+    autograd.shared_expectation.cache_clear()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -175,8 +175,6 @@ SPECIAL = {
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("special", SPECIAL)
 def test_special_logits(shape, special, label_smoothing):
-    if special == "huge" and label_smoothing:
-        pytest.skip("PyTorch's own sum over the classes overflows")
     input, target, _ = make(shape, device=DEVICE)
     SPECIAL[special](input, target)
     check(input, target, reduction="none", label_smoothing=label_smoothing)
@@ -236,23 +234,15 @@ def test_check_names_the_bad_target(monkeypatch):
 
 
 def test_another_upstream_gradient_gives_the_bits_of_a_direct_computation(shape):
-    input, target, _ = make(shape, ignored=0.3, device=DEVICE)
+    x, target, _ = make(shape, ignored=0.3, device=DEVICE)
+    x.requires_grad_()
     factor = torch.tensor(0.3, device=DEVICE)
-
-    def gradient(upstream):
-        x = input.clone().requires_grad_()
-        xent_ext.cross_entropy(x, target).backward(upstream)
-        return x.grad
-
-    x = input.clone().requires_grad_()
     loss = xent_ext.cross_entropy(x, target)
-    first = torch.autograd.grad(loss, x, factor, retain_graph=True)[0].clone()
-    second = torch.autograd.grad(loss, x, factor)[0]  # made anew, with nothing made before
-    assert torch.equal(first, second)
-    assert not torch.equal(first, gradient(torch.tensor(1.0, device=DEVICE)))
-    one = gradient(torch.tensor(1.0, device=DEVICE))
-    again = torch.autograd.grad(xent_ext.cross_entropy(x, target), x, retain_graph=True)[0]
-    assert torch.equal(one, again)
+    over = torch.autograd.grad(loss, x, factor, retain_graph=True)[0]  # over the gradient made for 1
+    anew = torch.autograd.grad(loss, x, factor)[0]  # in a new tensor
+    ahead = xent_ext.cross_entropy(x, target).grad_fn.made  # by the forward pass, which expects the factor now
+    assert torch.equal(over, ahead)
+    assert torch.equal(anew, ahead)
 
 
 def test_the_expected_upstream_gradient_makes_nothing(shape):

@@ -442,6 +442,12 @@ def test_sizes_decide(monkeypatch):
     assert set(taken.values()) == {"cpu", "torch"}
 
 
+def test_one_long_row_in_half_precision():
+    """(C), which has no class stride to look at beside a batch."""
+    input, target = torch.zeros(dispatch.SMALL_IMAGES + 1, dtype=torch.bfloat16), torch.tensor(3)
+    torch.testing.assert_close(xent_ext.cross_entropy(input, target), F.cross_entropy(input, target))
+
+
 def test_backend_torch(many_blocks, monkeypatch):
     monkeypatch.setattr(dispatch, "BACKEND", "torch")
     check(*make((7, 5)))

@@ -11,6 +11,7 @@ of automatic mixed precision. Backward compares, and makes the gradient again wh
 """
 
 import functools
+import weakref
 
 import torch
 
@@ -18,30 +19,49 @@ from . import reference
 
 
 class Expectation:
-    """The upstream gradient that the next backward is expected to have: a 0-dim tensor on the device, or None for 1.
+    """The upstream gradient that the next backward is expected to have: a 0-dim tensor, or None for 1.
 
-    A captured CUDA graph can neither read what may be freed later nor leave what it allocated: it expects 1.
+    It stays on its device, and is for the CUDA stream that wrote it: another could read it too early. A captured CUDA
+    graph can neither read what may be freed later nor leave what it allocated: it expects 1.
     """
 
     def __init__(self):
-        self.upstream = None
+        self.upstream = self.queue = None
 
     def get(self, input):
-        return self.upstream if self.upstream is not None and not is_capturing(input) else None
+        """What to expect for the gradient of `input`, which is to be made by the current stream."""
+        return self.upstream if self.queue is not None and self.queue == queue(input) else None
 
     def note(self, seen, input):
-        if seen is not None and not is_capturing(input):
-            self.upstream = seen
+        """Expect `seen` from now on; None changes nothing."""
+        here = queue(input)
+        if seen is not None and here is not None:
+            self.upstream, self.queue = seen, here
+
+
+def queue(input):
+    """What does the work on `input` in order: its device, or on a GPU the current stream; None in a graph's capture."""
+    if not input.is_cuda:
+        return input.device
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return input.device, torch.cuda.current_stream(input.device).cuda_stream
+
+
+def expectation(owner, problem, device):
+    """That of a module or, without one, of all calls with the same options on the same device."""
+    if owner is None:
+        return shared_expectation(problem, device)
+    return _expectations.setdefault(owner, Expectation())
+
+
+# Beside the modules, not in them: a copied or pickled module is what torch.nn.CrossEntropyLoss would be.
+_expectations = weakref.WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=256)
-def expectation(problem, device):
-    """That of the calls with the same options on the same device, where no module has its own."""
+def shared_expectation(problem, device):
     return Expectation()
-
-
-def is_capturing(input):
-    return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_batched(upstream):

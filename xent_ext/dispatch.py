@@ -2,7 +2,8 @@
 
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
-    CPU                           `xent_ext.cpu`; PyTorch's own for small logits, where it is faster
+    CPU                           `xent_ext.cpu`; PyTorch's own for few logits and for half precision images,
+                                  where it is faster
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`
     the implementations don't do
 
@@ -27,11 +28,11 @@ if BACKEND not in BACKENDS:
 CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
 
 # On a CPU PyTorch's own, a few operators over everything, beats many over blocks while all stays in cache. Measured
-# on two cores of an AMD EPYC 9004, forward and backward; by number of logits:
+# on two cores of an AMD EPYC, forward and backward; by number of logits:
 SMALL = 1 << 16  # below this always; else below ...
 SMALL_FLOAT_ROWS = 1 << 20  # ... for (N, C) in float32 and float64
 SMALL_HALF_ROWS = 1 << 23  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
-SMALL_IMAGES = 1 << 22  # ... for every other shape, and always in half precision where classes are strided
+SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
 SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -56,9 +57,10 @@ def is_small(input):
     size = input.numel()
     if size < SMALL:
         return True
-    if input.dim() != 2:
-        return size < SMALL_IMAGES or (input.element_size() == 2 and input.stride(1) != 1)
-    return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if input.element_size() == 2 else SMALL_FLOAT_ROWS)
+    half = input.element_size() == 2
+    if input.dim() == 2:
+        return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if half else SMALL_FLOAT_ROWS)
+    return size < SMALL_IMAGES or (half and input.dim() > 2 and input.stride(1) != 1)
 
 
 def is_autocast(input):

@@ -40,15 +40,15 @@ def explain(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    """Print, and return as an `Explanation`, how `cross_entropy` would run this call. Nothing is computed.
+    """Print, and return as an `Explanation`, how `cross_entropy` would run this call, without running it.
 
-    Takes the arguments of `xent_ext.cross_entropy` and raises the same errors. The numbers count a gradient if
-    `input` requires one (and gradients are enabled); bytes are those of the tensors, each counted as often as a
-    schedule walks over it.
+    Takes the arguments of `xent_ext.cross_entropy` and raises its errors, but those for class indices out of range.
+    The numbers count a gradient if `input` requires one (and gradients are enabled); bytes are those of the tensors,
+    each counted as often as a schedule walks over it. On a GPU whose clusters have not been used yet, long rows make
+    this try them on a few rows, as the call itself would.
     """
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    problem = prepare(*arguments)[1]
-    name, reason = dispatch.route(input, target, weight)
+    name, reason, problem = prepare(*arguments)
     traffic = None
     if name != "torch":
         want_gradient = torch.is_grad_enabled() and input.requires_grad

@@ -14,15 +14,6 @@ _torch_cross_entropy = F.cross_entropy
 _REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
 
 
-def _small_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
-    """`F.cross_entropy`, without its Python where that has nothing to do: a tenth of the time of a few logits."""
-    if size_average is None and reduce is None and type(reduction) is str and reduction in _REDUCTIONS:
-        return torch._C._nn.cross_entropy_loss(
-            input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-        )
-    return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-
-
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -65,28 +56,33 @@ def cross_entropy(
     return fused(None, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
-def fused(expectation, *arguments):
-    """`cross_entropy` of `arguments`, all given; `expectation` is the caller's own `autograd.Expectation`, or None."""
-    input, target, weight = arguments[:3]
+def fused(owner, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
+    """`cross_entropy`, for the module `owner` or for none."""
+    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if torch.compiler.is_compiling():
         return _torch_cross_entropy(*arguments)
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
     if dispatch.is_small(input):
         try:
-            return _small_cross_entropy(*arguments)
+            if size_average is reduce is None and reduction in _REDUCTIONS:
+                # All that F.cross_entropy does, without another call: few logits take few microseconds.
+                return torch._C._nn.cross_entropy_loss(
+                    input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
+                )
+            return _torch_cross_entropy(*arguments)
         except Exception:
             prepare(*arguments, check_values=True)  # raises the same, said more clearly
             raise
-    name, problem = prepare(*arguments)
+    name, _, problem = prepare(*arguments)
     if name == "torch":
         return _torch_cross_entropy(*arguments)
-    expectation = expectation or autograd.expectation(problem, input.device)
+    expectation = autograd.expectation(owner, problem, input.device)
     return autograd.apply(dispatch.implementation(name), problem, input, target, weight, expectation)
 
 
 def prepare(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, check_values=False):
-    """Check a call's arguments; return the name of its implementation and its Problem."""
+    """Check a call's arguments; return the name of its implementation, the reason for it, and its Problem."""
     reduction = checks.reduction_name(size_average, reduce, reduction)
     ignore_index = checks.integer_ignore_index(ignore_index)
     label_smoothing = checks.smoothing_value(label_smoothing)
@@ -99,7 +95,7 @@ def prepare(input, target, weight, size_average, ignore_index, reduce, reduction
         label_smoothing=label_smoothing,
         dtype=reference.result_dtype(input, target, weight, autocast),
     )
-    name = dispatch.route(input, target, weight)[0]
+    name, reason = dispatch.route(input, target, weight)
     if not problem.probabilities and (check_values or (dispatch.CHECK and name != "torch")):
         checks.bad_target(target, input.shape[class_axis(input.shape)], ignore_index)
-    return name, problem
+    return name, reason, problem

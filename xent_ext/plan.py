@@ -46,8 +46,8 @@ def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# At most 512 threads: more than 64 registers for each, or two programs on a processor with 64. AMD's wavefronts are 64
-# wide, so this is half as many warps there.
+# At most 512 threads: one program on a processor can use 128 registers a thread, two can use 64. AMD's wavefronts are
+# 64 wide, so this is half as many warps there.
 MAX_THREADS = 512
 # Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
 # registers.
