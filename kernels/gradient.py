@@ -3,57 +3,63 @@
 import triton
 import triton.language as tl
 
-from .math import exponentials, row_gradient
+from .math import exponentials, row_factor, row_gradient
 from .tile import (
+    body_columns,
     class_index,
-    class_mask,
     index_mass,
     load_logits,
+    multiple,
     program_rows,
-    row_pointers,
+    rest_columns,
+    row_offsets,
     row_scale,
+    scaled_mass,
+    store_gradient,
     tile_mass,
-    tile_pointers,
     was_expected,
 )
 
 
 @triton.jit
-def block_gradient(
-    x_rows,
-    q_rows,
-    g_rows,
-    weight_ptr,
+def piece_gradient(
+    x_ptr,
+    x_offset,
     x_class,
+    q_ptr,
+    q_offset,
     q_class,
+    grad_ptr,
+    g_offset,
     g_class,
-    c,
+    weight_ptr,
+    column,
+    skip,
     t,
     point,
     m,
-    s,
-    mass,
+    factor,
     scale,
     live,
     counted,
+    inside,
     smoothing,
     classes,
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
-    CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Read the logits of the classes c and write their gradient. Ignored rows are not read and get zeros."""
-    inside = class_mask(c, classes, CLASS_VEC)[None, :]
-    z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
-    b = tile_mass(
-        q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
-    )
-    g = tl.where(mask, row_gradient(exponentials(z, m), b, s, mass, scale), 0.0)
-    tl.store(
-        tile_pointers(g_rows, c, g_class, WIDE, ROW_VEC), g.to(g_rows.dtype.element_ty), mask=live[:, None] & inside
-    )
+    """Read the logits of the classes skip + column, write their gradient. Ignored rows get zeros and are not read."""
+    z, mask = load_logits(x_ptr, x_offset, column, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
+    b = None
+    if SMOOTH or q_ptr is not None:
+        b = tile_mass(
+            q_ptr, q_offset, q_class, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC
+        )
+    t_column = None if t is None else t - skip
+    g = row_gradient(exponentials(z, m), factor, scaled_mass(b, t_column, point, column, scale))
+    store_gradient(grad_ptr, g_offset, column, g_class, live, inside, g, WIDE, ROW_VEC)
 
 
 @triton.jit
@@ -108,6 +114,8 @@ def gradient(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # 0: the row has no second piece
+    EDGE: tl.constexpr,
     WIDE: tl.constexpr,
     CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
@@ -117,42 +125,31 @@ def gradient(
         if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
     blocks = tl.cdiv(classes, BLOCK)
-    pid = tl.program_id(0)
-    outer, first, row, live = program_rows(pid // blocks, inner, row_outer, row_inner, ROWS, ROW_VEC)
-    c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) % blocks
+    outer, first, row, live = program_rows(tl.program_id(0) // blocks, inner, row_outer, row_inner, ROWS, ROW_VEC)
+    x_row = row_offsets(outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    q_row = row_offsets(outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
     t = None
-    point = None
-    q_rows = None
     if q_ptr is None:
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
-        point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
+        point = index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        point = tl.zeros((ROWS,), ACC)
     m, s, mass = load_summary(summary_ptr, rows, row, counted)
     scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
-    block_gradient(
-        row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC),
-        q_rows,
-        row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC),
-        weight_ptr,
-        x_class,
-        q_class,
-        g_class,
-        c,
-        t,
-        point,
-        m,
-        s,
-        mass,
-        scale,
-        live,
-        counted,
-        smoothing,
-        classes,
-        SMOOTH,
-        WIDE,
-        CLASS_VEC,
-        ROW_VEC,
-        ACC,
-    )
+    factor = row_factor(s, mass, scale, counted)
+    skip, column, inside = body_columns(x_row, block * BLOCK, classes, BLOCK, EDGE, CLASS_VEC)
+    piece_gradient(
+        x_ptr, multiple(x_row + skip, EDGE), x_class, q_ptr, multiple(q_row + skip, EDGE), q_class,
+        grad_ptr, multiple(g_row + skip, EDGE), g_class, weight_ptr, column, skip, t, point,
+        m, factor, scale, live, counted, inside, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+    )  # fmt: skip
+    if REST > 0:
+        if block == 0:
+            start, rest, inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+            piece_gradient(
+                x_ptr, x_row, x_class, q_ptr, q_row, q_class, grad_ptr, g_row, g_class, weight_ptr, rest, start,
+                t, point, m, factor, scale, live, counted, inside, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+            )  # fmt: skip

@@ -182,7 +182,10 @@ class Call:
         """The plan for the input's device, with clusters only where they work."""
         device = device_properties(self.input.device.index or 0)
         dense = self.problem.probabilities or self.problem.label_smoothing > 0
-        usual = functools.partial(plan, self.layout, self.input.element_size(), self.acc.itemsize, dense=dense)
+        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (self.input, self.q))
+        usual = functools.partial(
+            plan, self.layout, self.input.element_size(), self.acc.itemsize, dense=dense, aligned=aligned
+        )
         found = usual(device)
         if found.num_ctas > 1 and not clusters_work(self.input.device, found):
             found = usual(dataclasses.replace(device, cluster=1))
@@ -269,5 +272,6 @@ class Call:
             "PARTS": 1 if normalizer is None else normalizer.numel(),
             "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
             "ACC": TRITON_DTYPE[self.acc],
-            "ROWS": plan.rows, "BLOCK": plan.block, "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
+            "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
+            "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
         }  # fmt: skip

@@ -4,7 +4,7 @@ For a row with logits z and target mass b (one number per class, xent_ext/refere
 
     m = max z,  s = sum exp(z - m),  mass = sum b,  dot = sum b * (z - m)
     row loss      = mass * log(s) - dot
-    row gradient  = mass * exp(z - m) / s - b
+    row gradient  = (mass / s) * exp(z - m) - b
 
 `dot` is taken relative to m, so that logits with a large common offset lose nothing. Tiles are [ROWS, BLOCK];
 whatever belongs to a row is [ROWS]. The mass b has a *dense* part, one number for each class (probability
@@ -81,6 +81,12 @@ def row_loss(s, mass, dot):
 
 
 @triton.jit
-def row_gradient(e, b, s, mass, scale):
-    """scale * (mass * e / s - b) for a tile; e and b are [ROWS, BLOCK], the others [ROWS]."""
-    return e * (mass * scale / s)[:, None] - b * scale[:, None]
+def row_factor(s, mass, scale, counted):
+    """What exp(z - m) is multiplied by in the gradient: scale * mass / s, and 0 for ignored rows."""
+    return tl.where(counted, mass * scale / s, 0.0)
+
+
+@triton.jit
+def row_gradient(e, factor, b):
+    """The gradient of a tile, times a scale that `factor` ([ROWS], `row_factor`) and b ([ROWS, BLOCK]) hold already."""
+    return e * factor[:, None] - b

@@ -3,19 +3,22 @@
 import triton
 import triton.language as tl
 
-from .math import dense_dot, exponentials, point_dot, row_gradient, row_loss
+from .math import dense_dot, exponentials, point_dot, row_factor, row_gradient, row_loss
 from .tile import (
+    body_columns,
     class_index,
-    class_mask,
     index_mass,
     load_at_index,
     load_logits,
+    multiple,
     program_rows,
-    row_pointers,
+    rest_columns,
+    row_offsets,
     row_scale,
+    scaled_mass,
+    store_gradient,
     store_loss,
     tile_mass,
-    tile_pointers,
     was_expected,
 )
 
@@ -53,6 +56,8 @@ def resident(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # 0: the row has no second piece
+    EDGE: tl.constexpr,
     WIDE: tl.constexpr,
     CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
@@ -62,49 +67,73 @@ def resident(
         if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
     outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS, ROW_VEC)
-    c = tl.arange(0, BLOCK)
-    inside = class_mask(c, classes, CLASS_VEC)[None, :]
+    x_row = row_offsets(outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    q_row = row_offsets(outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    skip, column, inside = body_columns(x_row, 0, classes, BLOCK, EDGE, CLASS_VEC)
+    x_body = multiple(x_row + skip, EDGE)
+    q_body = multiple(q_row + skip, EDGE)
+    g_body = multiple(g_row + skip, EDGE)
+    if REST > 0:
+        start, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+
+    DENSE: tl.constexpr = SMOOTH or q_ptr is not None
     t = None
-    point = None
-    q_rows = None
     if q_ptr is None:
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
-        point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
+        point = index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        point = tl.zeros((ROWS,), ACC)
 
     loss = tl.zeros((ROWS,), ACC)
     g = tl.zeros((ROWS, BLOCK), ACC)
+    if REST > 0:
+        g_rest = tl.zeros((ROWS, REST), ACC)
     if tl.max(counted.to(tl.int32), 0) > 0:
-        x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-        z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
+        z, mask = load_logits(x_ptr, x_body, column, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
         m = tl.max(z, 1)
+        if REST > 0:
+            z_rest, rest_mask = load_logits(x_ptr, x_row, rest, x_class, live, counted, rest_inside, WIDE, ROW_VEC, ACC)
+            m = tl.maximum(m, tl.max(z_rest, 1))
         e = exponentials(z, m)
         s = tl.sum(e, 1)
+        if REST > 0:
+            e_rest = exponentials(z_rest, m)
+            s += tl.sum(e_rest, 1)
 
-        b = tile_mass(
-            q_rows, weight_ptr, q_class, c, t, point, mask, smoothing, classes, SMOOTH, WIDE, CLASS_VEC, ROW_VEC, ACC
-        )
-        if SMOOTH or q_ptr is not None:
-            mass = tl.sum(b, 1)
-            dot = dense_dot(b, z, m, mask)
-        else:
-            z_t = load_at_index(x_rows, t, x_class, valid, WIDE, ACC)
-            mass = point
-            dot = point_dot(point, z_t, m)
+        mass = point
+        dot = tl.zeros((ROWS,), ACC)
+        b = None
+        b_rest = None
+        if q_ptr is None:
+            dot = point_dot(point, load_at_index(x_ptr, x_row, t, x_class, valid, WIDE, ACC), m)
+        if DENSE:
+            b = tile_mass(
+                q_ptr, q_body, q_class, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC
+            )
+            mass += tl.sum(b, 1)
+            dot += dense_dot(b, z, m, mask)
+            if REST > 0:
+                b_rest = tile_mass(
+                    q_ptr, q_row, q_class, weight_ptr, rest, start, rest_mask, smoothing, classes, SMOOTH, WIDE,
+                    ROW_VEC, ACC,
+                )  # fmt: skip
+                mass += tl.sum(b_rest, 1)
+                dot += dense_dot(b_rest, z_rest, m, rest_mask)
 
         loss = row_loss(s, mass, dot)
         if grad_ptr is not None:
             scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
-            g = tl.where(mask, row_gradient(e, b, s, mass, scale), 0.0)
+            factor = row_factor(s, mass, scale, counted)
+            t_body = None if t is None else t - skip
+            g = row_gradient(e, factor, scaled_mass(b, t_body, point, column, scale))
+            if REST > 0:
+                g_rest = row_gradient(e_rest, factor, scaled_mass(b_rest, t, point, rest, scale))
 
     if loss_ptr is not None:
         store_loss(loss_ptr, loss, row, live, counted, PER_ROW)
     if grad_ptr is not None:
-        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-        tl.store(
-            tile_pointers(g_rows, c, g_class, WIDE, ROW_VEC),
-            g.to(grad_ptr.dtype.element_ty),
-            mask=live[:, None] & inside,
-        )
+        store_gradient(grad_ptr, g_body, column, g_class, live, inside, g, WIDE, ROW_VEC)
+        if REST > 0:
+            store_gradient(grad_ptr, g_row, rest, g_class, live, rest_inside, g_rest, WIDE, ROW_VEC)

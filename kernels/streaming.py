@@ -8,20 +8,58 @@ read again first.
 import triton
 import triton.language as tl
 
-from .gradient import block_gradient, store_summary
-from .math import dense_dot, exponentials, merge, point_dot, row_loss
+from .gradient import piece_gradient, store_summary
+from .math import dense_dot, exponentials, merge, point_dot, row_factor, row_loss
 from .tile import (
+    body_columns,
     class_index,
-    class_mask,
     index_mass,
     load_at_index,
     load_logits,
+    multiple,
     program_rows,
-    row_pointers,
+    rest_columns,
+    row_offsets,
     row_scale,
     store_loss,
     tile_mass,
 )
+
+
+@triton.jit
+def piece_summary(
+    x_ptr,
+    x_offset,
+    x_class,
+    q_ptr,
+    q_offset,
+    q_class,
+    weight_ptr,
+    column,
+    skip,
+    live,
+    counted,
+    inside,
+    smoothing,
+    classes,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROW_VEC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Read the logits of the classes skip + column; return m, s and, of the dense target mass, mass and dot."""
+    z, mask = load_logits(x_ptr, x_offset, column, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
+    m = tl.max(z, 1)
+    s = tl.sum(exponentials(z, m), 1)
+    mass = tl.zeros(m.shape, ACC)
+    dot = tl.zeros(m.shape, ACC)
+    if SMOOTH or q_ptr is not None:
+        b = tile_mass(
+            q_ptr, q_offset, q_class, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC
+        )
+        mass = tl.sum(b, 1)
+        dot = dense_dot(b, z, m, mask)
+    return m, s, mass, dot
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
@@ -57,93 +95,66 @@ def streaming(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # 0: the row has no second piece
+    EDGE: tl.constexpr,
     WIDE: tl.constexpr,
     CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
     outer, first, row, live = program_rows(tl.program_id(0), inner, row_outer, row_inner, ROWS, ROW_VEC)
-    x_rows = row_pointers(x_ptr, outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    x_row = row_offsets(outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+    q_row = row_offsets(outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
     t = None
-    point = None
-    q_rows = None
     if q_ptr is None:
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
-        point = index_mass(weight_ptr, t, valid, smoothing, SMOOTH, ACC)
+        point = index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH, ACC)
     else:
         counted = live
-        q_rows = row_pointers(q_ptr, outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        point = tl.zeros((ROWS,), ACC)
 
     m = tl.full((ROWS,), float("-inf"), ACC)
     s = tl.zeros((ROWS,), ACC)
     mass = tl.zeros((ROWS,), ACC)
     dot = tl.zeros((ROWS,), ACC)
+    if REST > 0:
+        start, rest, inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+        m, s, mass, dot = piece_summary(
+            x_ptr, x_row, x_class, q_ptr, q_row, q_class, weight_ptr, rest, start, live, counted, inside,
+            smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+        )  # fmt: skip
     # No trip at all where every row of the program is ignored.
     end = tl.where(tl.max(counted.to(tl.int32), 0) > 0, classes, 0)
     for start in range(0, end, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = class_mask(c, classes, CLASS_VEC)[None, :]
-        z, mask = load_logits(x_rows, c, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
-        m_block = tl.max(z, 1)
-        s_block = tl.sum(exponentials(z, m_block), 1)
-        mass_block = tl.zeros((ROWS,), ACC)
-        dot_block = tl.zeros((ROWS,), ACC)
-        if SMOOTH or q_ptr is not None:
-            b = tile_mass(
-                q_rows,
-                weight_ptr,
-                q_class,
-                c,
-                t,
-                point,
-                mask,
-                smoothing,
-                classes,
-                SMOOTH,
-                WIDE,
-                CLASS_VEC,
-                ROW_VEC,
-                ACC,
-            )
-            mass_block = tl.sum(b, 1)
-            dot_block = dense_dot(b, z, m_block, mask)
+        skip, column, inside = body_columns(x_row, start, classes, BLOCK, EDGE, CLASS_VEC)
+        m_block, s_block, mass_block, dot_block = piece_summary(
+            x_ptr, multiple(x_row + skip, EDGE), x_class, q_ptr, multiple(q_row + skip, EDGE), q_class, weight_ptr,
+            column, skip, live, counted, inside, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+        )  # fmt: skip
         m, s, mass, dot = merge(m, s, mass, dot, m_block, s_block, mass_block, dot_block)
-    if not SMOOTH and q_ptr is None:
-        z_t = load_at_index(x_rows, t, x_class, valid, WIDE, ACC)
-        mass = point
-        dot = point_dot(point, z_t, m)
+    if q_ptr is None:
+        mass += point
+        dot += point_dot(point, load_at_index(x_ptr, x_row, t, x_class, valid, WIDE, ACC), m)
 
     store_loss(loss_ptr, row_loss(s, mass, dot), row, live, counted, PER_ROW)
     if summary_ptr is not None:
         store_summary(summary_ptr, rows, row, m, s, mass, counted)
     if grad_ptr is not None:
+        g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
         scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
-        g_rows = row_pointers(grad_ptr, outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        factor = row_factor(s, mass, scale, counted)
         blocks = tl.cdiv(classes, BLOCK)
         for k in range(blocks):
-            c = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
-            block_gradient(
-                x_rows,
-                q_rows,
-                g_rows,
-                weight_ptr,
-                x_class,
-                q_class,
-                g_class,
-                c,
-                t,
-                point,
-                m,
-                s,
-                mass,
-                scale,
-                live,
-                counted,
-                smoothing,
-                classes,
-                SMOOTH,
-                WIDE,
-                CLASS_VEC,
-                ROW_VEC,
-                ACC,
-            )
+            start = (blocks - 1 - k) * BLOCK
+            skip, column, inside = body_columns(x_row, start, classes, BLOCK, EDGE, CLASS_VEC)
+            piece_gradient(
+                x_ptr, multiple(x_row + skip, EDGE), x_class, q_ptr, multiple(q_row + skip, EDGE), q_class,
+                grad_ptr, multiple(g_row + skip, EDGE), g_class, weight_ptr, column, skip, t, point,
+                m, factor, scale, live, counted, inside, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+            )  # fmt: skip
+        if REST > 0:
+            start, rest, inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+            piece_gradient(
+                x_ptr, x_row, x_class, q_ptr, q_row, q_class, grad_ptr, g_row, g_class, weight_ptr, rest, start,
+                t, point, m, factor, scale, live, counted, inside, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC,
+            )  # fmt: skip

@@ -2,7 +2,11 @@
 
 Logits of any layout are (outer, inner, class) with three strides. A program owns ROWS consecutive values of
 `inner` under one value of `outer`. Row (o, i) has the number o * row_outer + i * row_inner, which is where its
-target, its loss and its summary stand. Bases are 64-bit; offsets within a tile are 32-bit unless WIDE.
+target, its loss and its summary stand. Offsets of rows are 64-bit; those within a tile are 32-bit unless WIDE.
+
+A row is held in two pieces. The body is BLOCK classes, a power of two. The rest, if there is one, is REST more: what a
+body of a smaller power of two leaves or, where rows start at any element, the classes at the two ends of a row that
+fill no aligned vector (EDGE logits), so that the body is whole vectors.
 
 Accesses are as wide as the compiler can prove aligned. Of an integer argument it knows at most that 16 divides it;
 CLASS_VEC says what divides the number of classes and the strides across which classes are neighbours in memory,
@@ -34,8 +38,7 @@ def program_rows(pid, inner, row_outer, row_inner, ROWS: tl.constexpr, ROW_VEC: 
 
 
 @triton.jit
-def row_pointers(
-    ptr,
+def row_offsets(
     outer,
     first,
     s_outer,
@@ -45,42 +48,82 @@ def row_pointers(
     CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
 ):
-    """Pointers to class 0 of the program's rows, [ROWS]."""
+    """Where class 0 of each of the program's rows stands, [ROWS], in elements."""
     lane = tl.arange(0, ROWS)
     if WIDE:
         lane = lane.to(tl.int64)
     s_inner = multiple(s_inner, CLASS_VEC)
-    return ptr + outer * multiple(s_outer, CLASS_VEC * ROW_VEC) + first * s_inner + lane * s_inner
+    return outer * multiple(s_outer, CLASS_VEC * ROW_VEC) + first * s_inner + lane * s_inner
 
 
 @triton.jit
-def tile_pointers(rows, c, s_class, WIDE: tl.constexpr, ROW_VEC: tl.constexpr):
-    """Pointers to the classes c of the rows, [ROWS, BLOCK]."""
+def whole_vectors(offset, classes, EDGE: tl.constexpr):
+    """(classes before the first aligned vector of EDGE logits, classes that whole vectors hold), each [ROWS]."""
+    skip = tl.minimum((-offset & (EDGE - 1)).to(tl.int32), classes)
+    return skip, (classes - skip) // EDGE * EDGE
+
+
+@triton.jit
+def body_columns(offset, start, classes, BLOCK: tl.constexpr, EDGE: tl.constexpr, CLASS_VEC: tl.constexpr):
+    """The body from its column `start` on: (first class, columns, mask); class = first class + column.
+
+    Shapes: first class [ROWS]; columns [1, BLOCK]; mask [ROWS or 1, BLOCK].
+    """
+    column = start + tl.arange(0, BLOCK)[None, :]
+    if EDGE > 0:
+        skip, length = whole_vectors(offset, classes, EDGE)
+        return skip, column, column < length[:, None]
+    else:
+        return tl.zeros(offset.shape, tl.int32), column, column < multiple(classes, CLASS_VEC)
+
+
+@triton.jit
+def rest_columns(offset, classes, BLOCK: tl.constexpr, REST: tl.constexpr, EDGE: tl.constexpr, CLASS_VEC: tl.constexpr):
+    """The rest of the row, as `body_columns` has it, but columns [ROWS or 1, REST]; its first class is 0."""
+    column = tl.arange(0, REST)[None, :]
+    if EDGE > 0:
+        skip, length = whole_vectors(offset, classes, EDGE)
+        c = tl.where(column < REST // 2, column, (skip + length)[:, None] + column - REST // 2)
+        return tl.zeros_like(skip), c, tl.where(column < REST // 2, column < skip[:, None], c < classes)
+    else:
+        c = BLOCK + column
+        return tl.zeros(offset.shape, tl.int32), c, c < multiple(classes, CLASS_VEC)
+
+
+@triton.jit
+def tile_pointers(ptr, offset, column, s_class, WIDE: tl.constexpr, ROW_VEC: tl.constexpr):
+    """Pointers to the columns of the rows that start at `offset`, [ROWS, BLOCK]."""
     if WIDE:
-        c = c.to(tl.int64)
-    return rows[:, None] + (c * multiple(s_class, ROW_VEC))[None, :]
+        column = column.to(tl.int64)
+    return (ptr + offset)[:, None] + column * multiple(s_class, ROW_VEC)
 
 
 @triton.jit
-def load_at_index(rows, t, s_class, valid, WIDE: tl.constexpr, ACC: tl.constexpr):
+def load_at_index(ptr, offset, t, s_class, valid, WIDE: tl.constexpr, ACC: tl.constexpr):
     """Logit at the class index t of each row."""
     if WIDE:
         t = t.to(tl.int64)
-    return tl.load(rows + t * s_class, mask=valid, other=0.0).to(ACC)
+    return tl.load(ptr + offset + t * s_class, mask=valid, other=0.0).to(ACC)
 
 
 @triton.jit
-def class_mask(c, classes, CLASS_VEC: tl.constexpr):
-    return c < multiple(classes, CLASS_VEC)
-
-
-@triton.jit
-def load_logits(rows, c, s_class, live, counted, inside, WIDE: tl.constexpr, ROW_VEC: tl.constexpr, ACC: tl.constexpr):
-    """Logits of the classes c as ACC; -inf outside the row and for ignored rows, which are not read.
+def load_logits(
+    ptr,
+    offset,
+    column,
+    s_class,
+    live,
+    counted,
+    inside,
+    WIDE: tl.constexpr,
+    ROW_VEC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Logits as ACC, and the mask of those that count; -inf outside the row and for ignored rows, which are not read.
 
     Where neighbours in memory are rows, one access takes several, and ignored ones can only be blanked.
     """
-    pointers = tile_pointers(rows, c, s_class, WIDE, ROW_VEC)
+    pointers = tile_pointers(ptr, offset, column, s_class, WIDE, ROW_VEC)
     mask = counted[:, None] & inside
     if ROW_VEC == 1:
         z = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
@@ -103,48 +146,63 @@ def class_index(target_ptr, row, live, ignore_index, classes):
 
 
 @triton.jit
-def index_mass(weight_ptr, t, valid, smoothing, SMOOTH: tl.constexpr, ACC: tl.constexpr):
-    """The point mass of each row; NaN where the target is no class, so that the row's loss and gradient are."""
+def index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH: tl.constexpr, ACC: tl.constexpr):
+    """The point mass of each row: 0 if it is ignored; NaN where the target is no class, so that the row's loss and
+    gradient are."""
     w = tl.where(valid, 1.0, 0.0).to(ACC)
     if weight_ptr is not None:
         w = tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
-    return tl.where(valid, point_mass(w, smoothing, SMOOTH, ACC), float("nan"))
+    return tl.where(valid, point_mass(w, smoothing, SMOOTH, ACC), tl.where(counted, float("nan"), 0.0))
 
 
 @triton.jit
 def tile_mass(
-    q_rows,
-    weight_ptr,
+    q_ptr,
+    q_offset,
     q_class,
-    c,
-    t,
-    point,
+    weight_ptr,
+    column,
+    skip,
     mask,
     smoothing,
     classes,
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
-    CLASS_VEC: tl.constexpr,
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Target mass of the classes c, [ROWS, BLOCK], 0 outside `mask`.
+    """Dense target mass of the classes skip + column, [ROWS, BLOCK], 0 outside `mask`."""
+    w = tl.where(mask, 1.0, 0.0).to(ACC)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + skip[:, None] + column, mask=mask, other=0.0).to(ACC)
+    q = None
+    if q_ptr is not None:
+        q = tl.load(tile_pointers(q_ptr, q_offset, column, q_class, WIDE, ROW_VEC), mask=mask, other=0.0).to(ACC)
+    return tl.where(mask, dense_mass(w, q, smoothing, classes, SMOOTH, ACC), 0.0)
 
-    Class-index targets have `t` and `point`; probability targets have `q_rows`, pointers to class 0 of each row.
+
+@triton.jit
+def scaled_mass(b, t, point, column, scale):
+    """scale * (target mass of the columns), [ROWS, BLOCK].
+
+    b is its dense part, t the column that the point mass stands at; either may be None.
     """
-    b = tl.zeros(mask.shape, ACC)
-    if SMOOTH or q_rows is not None:
-        inside = class_mask(c, classes, CLASS_VEC)
-        w = tl.where(inside, 1.0, 0.0).to(ACC)
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
-        q = None
-        if q_rows is not None:
-            q = tl.load(tile_pointers(q_rows, c, q_class, WIDE, ROW_VEC), mask=mask, other=0.0).to(ACC)
-        b = tl.where(mask, dense_mass(w[None, :], q, smoothing, classes, SMOOTH, ACC), 0.0)
-    if q_rows is None:
-        b = tl.where(c[None, :] == t[:, None], b + point[:, None], b)
-    return b
+    if t is None:
+        return b * scale[:, None]
+    at_index = tl.where(column == t[:, None], (point * scale)[:, None], 0.0)
+    if b is None:
+        return at_index
+    else:
+        return b * scale[:, None] + at_index
+
+
+@triton.jit
+def store_gradient(ptr, offset, column, s_class, live, inside, gradient, WIDE: tl.constexpr, ROW_VEC: tl.constexpr):
+    tl.store(
+        tile_pointers(ptr, offset, column, s_class, WIDE, ROW_VEC),
+        gradient.to(ptr.dtype.element_ty),
+        mask=live[:, None] & inside,
+    )
 
 
 @triton.jit

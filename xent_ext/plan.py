@@ -5,7 +5,7 @@ stands beside the reason for it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Plan:
     num_warps: int
     programs: int  # clusters, where num_ctas > 1
     num_ctas: int = 1  # programs of a cluster, which hold a tile together
+    rest: int = 0  # classes of a second, smaller tile for what the first leaves of a row
+    edge: int = 0  # logits of a vector, where the first tile starts at one and the second holds the ends of the row
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,24 @@ MAX_THREADS = 512
 # Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
 # registers.
 LOGITS_PER_THREAD = 32
-# Short rows share a program: 4096 logits give 4 warps 32 each.
-PACKED_TILE = 4096
+# Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows every
+# thread does the work that belongs to a row for more of them. Narrow rows need more of them to fill lines of targets.
+PACKED_TILE = 2048
+NARROW, NARROW_TILE = 128, 4096
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
 # this many bytes of rows wide, or it fetches what it does not use.
 SECTOR = 32
+# Two tiles for a row, of different powers of two, where they are that much smaller than one; each costs its own code.
+FULL = 0.75
+# Rows of fewer vectors are not worth a second tile for their ends, which is two vectors wide.
+SHORTEST_BODY = 8
+# Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
+LONG_ROW = 4096
 # A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
 STREAMED_ROWS = 64
 
 
-def most_logits_per_thread(layout, itemsize, accumulated, dense):
+def most_logits_per_thread(layout, itemsize, accumulated, dense, edge):
     """How many logits a thread can hold before the compiler spills registers, on any of the targets; compiled, not run.
 
     Half precision is kept packed. A dense target mass (smoothing or probabilities) is held beside the logits, and so
@@ -69,48 +79,74 @@ def most_logits_per_thread(layout, itemsize, accumulated, dense):
     """
     class_vec, row_vec = vectors(layout, itemsize)
     most = 64 if itemsize == 2 else 32
-    if dense or (class_vec == row_vec == 1 and layout.classes > PACKED_TILE):
+    if dense or (class_vec == row_vec == 1 and not edge and layout.classes > LONG_ROW):
         most = 16
     return most // 4 if accumulated == 8 else most
 
 
-def plan(layout, itemsize, accumulated, device, dense=False):
+def plan(layout, itemsize, accumulated, device, dense=False, aligned=True):
     """Schedule and launch numbers for logits seen as `layout`.
 
     Args:
         itemsize: bytes of a logit.
         accumulated: bytes of the dtype that is computed in.
         dense: whether every class has target mass: class probabilities, or label smoothing.
+        aligned: whether every tensor starts on 16 bytes.
     """
-    most = most_logits_per_thread(layout, itemsize, accumulated, dense)
+    edge = edge_vector(layout, itemsize) if aligned else 0
+    most = most_logits_per_thread(layout, itemsize, accumulated, dense, edge)
     held = min(most, LOGITS_PER_THREAD)
     _, s_inner, s_class = layout.strides[0]
-    width = next_power_of_2(layout.classes)
+    block, rest = pieces(layout.classes, edge)
+    width = next_power_of_2(block + rest)
     neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
     # With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
     threads = MAX_THREADS // 2 if neighbours else MAX_THREADS
     fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
-    if not neighbours and accumulated == 4 and threads * held < width <= threads * held * device.cluster:
-        num_ctas = width // (threads * held)
-        return Plan("resident", 1, width, threads // device.lanes, layout.rows, num_ctas)
+    if not neighbours and accumulated == 4 and threads * held < block <= threads * most * device.cluster:
+        num_ctas = min(-(-block // (threads * held)), device.cluster)
+        return Plan("resident", 1, block, threads // device.lanes, layout.rows, num_ctas, rest, edge)
     if width * fewest <= threads * most:
-        rows, block = max(PACKED_TILE // width, fewest), width
+        rows = max((NARROW_TILE if width < NARROW else PACKED_TILE) // width, fewest)
         schedule = "resident"
     else:
         rows = min(STREAMED_ROWS if neighbours else 1, next_power_of_2(layout.inner))
-        block = threads * held // rows
+        block, rest = threads * held // rows, 2 * edge
         schedule = "streaming"
     rows = min(rows, next_power_of_2(layout.inner))
     warps = min(max(rows * block // held, device.lanes), threads) // device.lanes
     programs = layout.outer * -(-layout.inner // rows)
-    return Plan(schedule, rows, block, warps, programs)
+    return Plan(schedule, rows, block, warps, programs, rest=rest, edge=edge)
+
+
+def pieces(classes, edge):
+    """(classes of the body, a power of two; classes of the rest) of a row that is held whole."""
+    if edge:
+        return next_power_of_2(classes // edge * edge), 2 * edge
+    whole = next_power_of_2(classes)
+    rest = next_power_of_2(classes - whole // 2)
+    return (whole // 2, rest) if classes > 1 and whole // 2 + rest <= FULL * whole else (whole, 0)
+
+
+def edge_vector(layout, itemsize):
+    """Logits of a 16-byte vector, where rows start at any element but in all tensors at the same one of a vector.
+
+    0 where vectors are aligned anyway or cannot be, and for rows too short to be worth it.
+    """
+    widest = 16 // itemsize
+    congruent = all(
+        c == 1 and (o - layout.strides[0][0]) % widest == (i - layout.strides[0][1]) % widest == 0
+        for o, i, c in layout.strides
+    )
+    uneven = vectors(layout, itemsize)[0] < widest
+    return widest if congruent and uneven and layout.classes >= SHORTEST_BODY * widest else 0
 
 
 def gradient_plan(layout, forward):
     """Launch numbers of the deferred gradient after a streamed forward: one program for each tile."""
     blocks = -(-layout.classes // forward.block)
     programs = forward.programs * blocks
-    return Plan("gradient", forward.rows, forward.block, forward.num_warps, programs)
+    return replace(forward, schedule="gradient", programs=programs)
 
 
 def vectors(layout, itemsize):
