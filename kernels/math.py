@@ -76,6 +76,16 @@ def merge(m1, s1, mass1, dot1, m2, s2, mass2, dot2):
 
 
 @triton.jit
+def merge_all(m, s, mass, dot):
+    """The summary of each row from those of its parts, [ROWS, parts]; see `merge`."""
+    whole = tl.max(m, 1)
+    o = origin(whole)[:, None]
+    s = tl.sum(s * tl.exp(m - o), 1)
+    dot = tl.sum(dot + mass * (origin(m) - o), 1)
+    return whole, s, tl.sum(mass, 1), dot
+
+
+@triton.jit
 def row_loss(s, mass, dot):
     return mass * tl.log(s) - dot
 

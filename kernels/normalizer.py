@@ -6,7 +6,7 @@ Sums are made in a fixed order, without atomics, so that the same input gives th
 import triton
 import triton.language as tl
 
-from .tile import normalizer
+from .tile import normalizer, rows_weight
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows", "span"])
@@ -27,24 +27,25 @@ def normalizer_parts(
     total = tl.zeros((BLOCK,), ACC)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        t = tl.load(target_ptr + row, mask=row < end, other=-1).to(tl.int64)
-        valid = (row < end) & (t != ignore_index) & (t >= 0) & (t < classes)
-        if weight_ptr is None:
-            total += valid.to(ACC)
-        else:
-            total += tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
+        total += rows_weight(target_ptr, weight_ptr, row, row < end, ignore_index, classes, ACC)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["count", "span"])
+@triton.jit(do_not_specialize=["ignore_index", "rows", "count", "span"])
 def sum_parts(
     losses_ptr,
-    normalizer_ptr,  # None: `divisor` is the normaliser
+    normalizer_ptr,  # None: the rows are counted here, or `divisor` is the normaliser
+    target_ptr,
+    weight_ptr,
     out_ptr,
+    rows: tl.int64,
+    ignore_index: tl.int64,
+    classes,
     count: tl.int64,
     span: tl.int64,  # losses for each program
     divisor: tl.float64,
     PARTS: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -55,5 +56,7 @@ def sum_parts(
     for start in range(begin, end, BLOCK):
         k = start + tl.arange(0, BLOCK)
         total += tl.load(losses_ptr + k, mask=k < end, other=0.0).to(ACC)
-    out = tl.sum(total, 0) / normalizer(normalizer_ptr, divisor, PARTS, ACC)
+    out = tl.sum(total, 0) / normalizer(
+        normalizer_ptr, divisor, target_ptr, weight_ptr, rows, ignore_index, classes, PARTS, COUNT, ACC
+    )
     tl.store(out_ptr + tl.program_id(0), out.to(out_ptr.dtype.element_ty))

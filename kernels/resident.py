@@ -11,6 +11,7 @@ from .tile import (
     load_at_index,
     load_logits,
     multiple,
+    normalizer,
     program_rows,
     rest_columns,
     row_offsets,
@@ -23,18 +24,19 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows"])
 def resident(
     x_ptr,
     target_ptr,  # class indices, or None
     q_ptr,  # class probabilities, or None
     weight_ptr,  # None: all ones
-    normalizer_ptr,  # None: `divisor` is the normaliser
+    normalizer_ptr,  # None: the rows are counted here, or `divisor` is the normaliser
     upstream_ptr,
     expected_ptr,  # the upstream gradient that grad_ptr holds the gradient for already; None: it holds nothing
     seen_ptr,  # where the upstream gradient is noted, for the next step to expect
     loss_ptr,  # None: no loss wanted
     grad_ptr,  # None: no gradient wanted
+    rows: tl.int64,
     inner,
     classes,
     x_outer,
@@ -54,6 +56,7 @@ def resident(
     SMOOTH: tl.constexpr,
     PER_ROW: tl.constexpr,  # losses and upstream gradients are one for each row
     PARTS: tl.constexpr,
+    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,  # 0: the row has no second piece
@@ -75,7 +78,7 @@ def resident(
     q_body = multiple(q_row + skip, EDGE)
     g_body = multiple(g_row + skip, EDGE)
     if REST > 0:
-        start, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+        rest_skip, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
 
     DENSE: tl.constexpr = SMOOTH or q_ptr is not None
     t = None
@@ -116,7 +119,7 @@ def resident(
             dot += dense_dot(b, z, m, mask)
             if REST > 0:
                 b_rest = tile_mass(
-                    q_ptr, q_row, q_class, weight_ptr, rest, start, rest_mask, smoothing, classes, SMOOTH, WIDE,
+                    q_ptr, q_row, q_class, weight_ptr, rest, rest_skip, rest_mask, smoothing, classes, SMOOTH, WIDE,
                     ROW_VEC, ACC,
                 )  # fmt: skip
                 mass += tl.sum(b_rest, 1)
@@ -124,7 +127,10 @@ def resident(
 
         loss = row_loss(s, mass, dot)
         if grad_ptr is not None:
-            scale = row_scale(upstream_ptr, normalizer_ptr, divisor, row, counted, PER_ROW, PARTS, ACC)
+            total = normalizer(
+                normalizer_ptr, divisor, target_ptr, weight_ptr, rows, ignore_index, classes, PARTS, COUNT, ACC
+            )
+            scale = row_scale(upstream_ptr, total, row, counted, PER_ROW, ACC)
             factor = row_factor(s, mass, scale, counted)
             t_body = None if t is None else t - skip
             g = row_gradient(e, factor, scaled_mass(b, t_body, point, column, scale))
@@ -132,7 +138,7 @@ def resident(
                 g_rest = row_gradient(e_rest, factor, scaled_mass(b_rest, t, point, rest, scale))
 
     if loss_ptr is not None:
-        store_loss(loss_ptr, loss, row, live, counted, PER_ROW)
+        store_loss(loss_ptr, tl.program_id(0), loss, row, live, counted, PER_ROW)
     if grad_ptr is not None:
         store_gradient(grad_ptr, g_body, column, g_class, live, inside, g, WIDE, ROW_VEC)
         if REST > 0:

@@ -206,13 +206,38 @@ def store_gradient(ptr, offset, column, s_class, live, inside, gradient, WIDE: t
 
 
 @triton.jit
-def normalizer(normalizer_ptr, divisor, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """What the mean divides by: the sum of PARTS partial sums, or `divisor` where the host knows it."""
-    if normalizer_ptr is not None:
-        total = tl.sum(tl.load(normalizer_ptr + tl.arange(0, PARTS)), 0)
+def rows_weight(target_ptr, weight_ptr, row, mask, ignore_index, classes, ACC: tl.constexpr):
+    """What each row counts for in a mean: 1 or its target's weight; 0 if it is ignored or its target is no class."""
+    t = tl.load(target_ptr + row, mask=mask, other=-1).to(tl.int64)
+    valid = mask & (t != ignore_index) & (t >= 0) & (t < classes)
+    if weight_ptr is None:
+        return valid.to(ACC)
     else:
-        total = tl.full((), divisor, ACC)
-    return total
+        return tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
+
+
+@triton.jit
+def normalizer(
+    normalizer_ptr,
+    divisor,
+    target_ptr,
+    weight_ptr,
+    rows,
+    ignore_index,
+    classes,
+    PARTS: tl.constexpr,
+    COUNT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What the mean divides by: the sum of PARTS partial sums, or of the weights of at most COUNT rows, which are
+    added up here, or `divisor` where the host knows it."""
+    if normalizer_ptr is not None:
+        return tl.sum(tl.load(normalizer_ptr + tl.arange(0, PARTS)), 0)
+    elif COUNT > 0:
+        row = tl.arange(0, COUNT)
+        return tl.sum(rows_weight(target_ptr, weight_ptr, row, row < rows, ignore_index, classes, ACC), 0)
+    else:
+        return tl.full((), divisor, ACC)
 
 
 @triton.jit
@@ -225,29 +250,20 @@ def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_scale(
-    upstream_ptr,
-    normalizer_ptr,
-    divisor,
-    row,
-    counted,
-    PER_ROW: tl.constexpr,
-    PARTS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Upstream gradient over the normaliser, one number for each row."""
+def row_scale(upstream_ptr, normalizer, row, counted, PER_ROW: tl.constexpr, ACC: tl.constexpr):
+    """Upstream gradient over the normaliser, one number for each row; 0 if it is ignored."""
     if PER_ROW:
         scale = tl.load(upstream_ptr + row, mask=counted, other=0.0).to(ACC)
     else:
         scale = tl.full(row.shape, 1.0, ACC) * tl.load(upstream_ptr).to(ACC)
-    return scale / normalizer(normalizer_ptr, divisor, PARTS, ACC)
+    return tl.where(counted, scale / normalizer, 0.0)
 
 
 @triton.jit
-def store_loss(loss_ptr, loss, row, live, counted, PER_ROW: tl.constexpr):
-    """One loss for each row, or the sum over this program's rows; 0 for ignored rows."""
+def store_loss(loss_ptr, tile, loss, row, live, counted, PER_ROW: tl.constexpr):
+    """One loss for each row, or the sum over the rows of the tile; 0 for ignored rows."""
     loss = tl.where(counted, loss, 0.0)
     if PER_ROW:
         tl.store(loss_ptr + row, loss, mask=live)
     else:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, 0))
+        tl.store(loss_ptr + tile, tl.sum(loss, 0))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from parity import check, make
 
 import xent_ext
-from xent_ext import plan
+from xent_ext import dispatch, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,19 +26,28 @@ not_emulated = pytest.mark.skipif(
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
-@pytest.fixture(params=["resident", "streaming"])
+@pytest.fixture(params=["resident", "streaming", "split"])
 def shape(request, monkeypatch):
-    """Logits for either schedule; small tiles let short rows stream, in nine blocks, the last one part full."""
+    """Logits for each schedule; small tiles let short rows stream, in nine blocks, the last one part full."""
     if request.param == "resident":
         return 6, 40
     small_tiles(monkeypatch)
+    force(monkeypatch, request.param)
     return 4, 2100
 
 
+def force(monkeypatch, name):
+    """Have the schedule of that name whatever the plan would choose, as XENT_EXT_SCHEDULE has."""
+    monkeypatch.setattr(dispatch.implementation("triton"), "SCHEDULE", name)
+
+
 def small_tiles(monkeypatch):
-    """Tiles of 256 logits; clusters, where there are any, hold up to 2048."""
-    monkeypatch.setattr(plan, "MAX_THREADS", 64)
+    """Tiles of 256 logits; clusters, where there are any, hold up to 4096."""
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
+    monkeypatch.setattr(plan, "TILES", ((64, 4),))
+    monkeypatch.setattr(plan, "PACKED_TILE", 256)
+    for name in ("MAX_NEIGHBOURS_THREADS", "STREAMING_THREADS", "SPLIT_THREADS"):
+        monkeypatch.setattr(plan, name, 64)
 
 
 def schedule(*args, **options):
@@ -142,7 +151,7 @@ def test_clusters(monkeypatch):
     small_tiles(monkeypatch)
     args = make((4, 700), ignored=0.3, weighted=True, device=DEVICE)
     traffic = xent_ext.explain(*args).traffic
-    assert (traffic.schedule, traffic.numbers["num_ctas"]) in (("resident", 4), ("streaming", 1))
+    assert (traffic.schedule, traffic.numbers["num_ctas"]) in (("resident", 4), ("split", 1))
     for reduction in ("mean", "none"):
         check(*args, reduction=reduction)
 

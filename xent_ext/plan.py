@@ -6,6 +6,7 @@ stands beside the reason for it.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Device:
     arch: object  # 90 for sm_90, "gfx942"
     lanes: int  # threads of a warp (a wavefront on AMD)
     processors: int  # streaming multiprocessors or compute units
+    l2_bytes: int  # of the last level of cache
     cluster: int = 1  # programs that can share a row through distributed shared memory
 
 
@@ -23,14 +25,16 @@ class Device:
 class Plan:
     """A schedule with its launch numbers."""
 
-    schedule: str  # "resident" or "streaming"
+    schedule: str  # "resident", "streaming" or "split"; "gradient" for what follows those two
     rows: int  # rows of a program's tile
     block: int  # classes of a program's tile
     num_warps: int
-    programs: int  # clusters, where num_ctas > 1
+    programs: int  # tiles, each for one program or one cluster of programs
     num_ctas: int = 1  # programs of a cluster, which hold a tile together
     rest: int = 0  # classes of a second, smaller tile for what the first leaves of a row
     edge: int = 0  # logits of a vector, where the first tile starts at one and the second holds the ends of the row
+    at_once: int = 0  # programs that stream the tiles; 0: one for each
+    splits: int = 1  # programs that share a row, each summarising a part
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,26 @@ class Traffic:
     memory: int  # bytes allocated beyond the arguments, the gradient included
 
 
+SCHEDULES = ("resident", "streaming", "split")
+
+
 def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# At most 512 threads: one program on a processor can use 128 registers a thread, two can use 64. AMD's wavefronts are
-# 64 wide, so this is half as many warps there.
-MAX_THREADS = 512
 # Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
 # registers.
 LOGITS_PER_THREAD = 32
-# Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows every
-# thread does the work that belongs to a row for more of them. Narrow rows need more of them to fill lines of targets.
+# How a long row is held, (threads, logits for each), the first that fits: with 256 threads two or more programs share
+# a processor, and one loads while another stores. 32 logits take 64 to 92 registers a thread, 64 of half precision 107.
+# At most 512 threads, as one program on a processor can then use 128 registers a thread.
+TILES = ((256, 32), (256, 64), (512, 32), (512, 64))
+# With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
+MAX_NEIGHBOURS_THREADS = 256
+# Programs of the largest cluster that every GPU with clusters must run; larger ones, only for rows that need them.
+PORTABLE_CLUSTER = 8
+# Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows
+# every thread does what belongs to a row for more of them. Narrow rows need more of them to fill lines of targets.
 PACKED_TILE = 2048
 NARROW, NARROW_TILE = 128, 4096
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
@@ -67,6 +79,14 @@ FULL = 0.75
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
 LONG_ROW = 4096
+# Streaming programs share a processor with none or one other: 64 registers a thread.
+STREAMING_THREADS, STREAMED_LOGITS = 512, 16
+# Few rows: small programs, so that a row of 150,000 classes keeps 37 of them busy.
+SPLIT_THREADS, SPLIT_LOGITS = 256, 16
+# The share of L2 that streaming counts on: its halves hold copies of each other's lines, and other things live there.
+USABLE_L2 = 0.6
+# Its size where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
+L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20, "gfx942": 256 << 20}
 # A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
 STREAMED_ROWS = 64
 
@@ -84,7 +104,7 @@ def most_logits_per_thread(layout, itemsize, accumulated, dense, edge):
     return most // 4 if accumulated == 8 else most
 
 
-def plan(layout, itemsize, accumulated, device, dense=False, aligned=True):
+def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, schedule=None):
     """Schedule and launch numbers for logits seen as `layout`.
 
     Args:
@@ -92,31 +112,95 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True):
         accumulated: bytes of the dtype that is computed in.
         dense: whether every class has target mass: class probabilities, or label smoothing.
         aligned: whether every tensor starts on 16 bytes.
+        schedule: one of SCHEDULES to have that one; ValueError where it cannot be.
     """
+    _, s_inner, s_class = layout.strides[0]
+    neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
     edge = edge_vector(layout, itemsize) if aligned else 0
     most = most_logits_per_thread(layout, itemsize, accumulated, dense, edge)
-    held = min(most, LOGITS_PER_THREAD)
-    _, s_inner, s_class = layout.strides[0]
-    block, rest = pieces(layout.classes, edge)
+    if schedule in (None, "resident"):
+        block, rest = pieces(layout.classes, edge)
+        if neighbours:
+            found = resident_neighbours(layout, itemsize, most, device, block, rest)
+        else:
+            found = resident(layout, most, device, block, rest, edge, device.cluster if accumulated == 4 else 1)
+        if found or schedule:
+            return found or cannot(schedule, layout)
+    few = layout.rows <= device.processors // 2
+    if schedule == "split" or (schedule is None and few and not neighbours):
+        return cannot(schedule, layout) if neighbours else split(layout, most, device, edge)
+    return streaming(layout, itemsize, most, device, edge, neighbours)
+
+
+def cannot(schedule, layout):
+    raise ValueError(f"schedule {schedule!r} is not for {layout.rows} rows of {layout.classes} classes in this layout")
+
+
+def resident(layout, most, device, block, rest, edge, largest_cluster):
+    """Rows in registers, several to a program or one to a program or a cluster of them; None for rows too long."""
     width = next_power_of_2(block + rest)
-    neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
-    # With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
-    threads = MAX_THREADS // 2 if neighbours else MAX_THREADS
-    fewest = min(SECTOR // itemsize if neighbours else 1, next_power_of_2(layout.inner))
-    if not neighbours and accumulated == 4 and threads * held < block <= threads * most * device.cluster:
-        num_ctas = min(-(-block // (threads * held)), device.cluster)
-        return Plan("resident", 1, block, threads // device.lanes, layout.rows, num_ctas, rest, edge)
-    if width * fewest <= threads * most:
-        rows = max((NARROW_TILE if width < NARROW else PACKED_TILE) // width, fewest)
-        schedule = "resident"
+    if width <= PACKED_TILE:
+        rows = min((NARROW_TILE if width < NARROW else PACKED_TILE) // width, next_power_of_2(layout.inner))
+        warps = max(rows * block // min(most, LOGITS_PER_THREAD) // device.lanes, 1)
+        return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
+    for cluster, (threads, held) in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), TILES):
+        held = min(held, most)
+        num_ctas = max(block // (threads * held), 1)
+        if num_ctas <= min(cluster, largest_cluster):
+            warps = min(block // held, threads) // device.lanes
+            return Plan("resident", 1, block, warps, layout.rows, num_ctas, rest, edge)
+    return None
+
+
+def resident_neighbours(layout, itemsize, most, device, block, rest):
+    """`resident` where neighbours in memory are rows, as the pixels of images are."""
+    threads = MAX_NEIGHBOURS_THREADS
+    inner = next_power_of_2(layout.inner)
+    fewest = min(SECTOR // itemsize, inner)
+    width = next_power_of_2(block + rest)
+    if width * fewest > threads * most:
+        return None
+    rows = min(max(NARROW_TILE // width, fewest), inner)
+    warps = min(max(rows * block // min(most, LOGITS_PER_THREAD), device.lanes), threads) // device.lanes
+    return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest)
+
+
+def split(layout, most, device, edge):
+    """Each row shared by as many programs as leave no processor idle."""
+    splits = next_power_of_2(-(-device.processors // max(layout.rows, 1)))
+    block, warps = SPLIT_THREADS * min(most, SPLIT_LOGITS), SPLIT_THREADS // device.lanes
+    programs = layout.rows
+    return Plan("split", 1, block, warps, programs, rest=2 * edge, edge=edge, at_once=programs * splits, splits=splits)
+
+
+def streaming(layout, itemsize, most, device, edge, neighbours):
+    """A loop over each row, or over some that are neighbours in memory."""
+    if neighbours:
+        threads, held = MAX_NEIGHBOURS_THREADS, LOGITS_PER_THREAD
+        rows = min(STREAMED_ROWS, next_power_of_2(layout.inner))
     else:
-        rows = min(STREAMED_ROWS if neighbours else 1, next_power_of_2(layout.inner))
-        block, rest = threads * held // rows, 2 * edge
-        schedule = "streaming"
-    rows = min(rows, next_power_of_2(layout.inner))
-    warps = min(max(rows * block // held, device.lanes), threads) // device.lanes
-    programs = layout.outer * -(-layout.inner // rows)
-    return Plan(schedule, rows, block, warps, programs, rest=rest, edge=edge)
+        threads, held, rows = STREAMING_THREADS, STREAMED_LOGITS, 1
+    return Plan(
+        "streaming",
+        rows,
+        block=threads * min(most, held) // rows,
+        num_warps=threads // device.lanes,
+        programs=layout.outer * -(-layout.inner // rows),
+        rest=2 * edge,
+        edge=edge,
+        at_once=streams(rows * layout.classes, itemsize, device),
+    )
+
+
+def streams(logits, itemsize, device):
+    """How many programs stream tiles of so many logits at once, so that the second read of a logit finds it in L2.
+
+    The second walk is backward: between two reads of a logit a program has read what lies behind it in the row, read
+    that again and written its gradient, so it has made three accesses to at most a row. With too few processors at
+    work their instructions take longer than the memory: half of them can feed it in half precision, a quarter else.
+    """
+    fitting = int(USABLE_L2 * device.l2_bytes) // (3 * logits * itemsize)
+    return max(min(fitting, device.processors), device.processors // itemsize)
 
 
 def pieces(classes, edge):
@@ -143,10 +227,10 @@ def edge_vector(layout, itemsize):
 
 
 def gradient_plan(layout, forward):
-    """Launch numbers of the deferred gradient after a streamed forward: one program for each tile."""
+    """Launch numbers of the gradient from the summary of streamed or split rows: one program for each tile."""
     blocks = -(-layout.classes // forward.block)
     programs = forward.programs * blocks
-    return replace(forward, schedule="gradient", programs=programs)
+    return replace(forward, schedule="gradient", programs=programs, at_once=0)
 
 
 def vectors(layout, itemsize):
@@ -173,6 +257,8 @@ def is_wide(layout, plan):
 # over 128 programs, whose sums every program of the main kernel adds up, one load for each of its threads.
 ROWS_PER_PROGRAM = 16384
 PARTS = 128
+# Up to this many rows are counted by every program that needs their number: one launch less.
+FEW_ROWS = 256
 REDUCTION = {"BLOCK": 4096, "num_warps": 16}
 
 
