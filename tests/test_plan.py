@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xent_ext.layout import Layout, layout
-from xent_ext.plan import PARTS, ROWS_PER_PROGRAM, Device, Plan, gradient_plan, is_wide, parts, plan, vectors
+from xent_ext.plan import PARTS, ROWS_PER_PROGRAM, SCHEDULES, Device, Plan, gradient_plan, is_wide, parts, plan, vectors
 
 DEVICES = {
-    "sm_80": Device("cuda", 80, lanes=32, processors=108),
-    "sm_90": Device("cuda", 90, lanes=32, processors=132),
-    "sm_90 with clusters": Device("cuda", 90, lanes=32, processors=132, cluster=8),
-    "gfx942": Device("hip", "gfx942", lanes=64, processors=304),
+    "sm_80": Device("cuda", 80, lanes=32, processors=108, l2_bytes=40 << 20),
+    "sm_90": Device("cuda", 90, lanes=32, processors=132, l2_bytes=50 << 20),
+    "sm_90 with clusters": Device("cuda", 90, lanes=32, processors=132, l2_bytes=50 << 20, cluster=16),
+    "gfx942": Device("hip", "gfx942", lanes=64, processors=304, l2_bytes=256 << 20),
 }
 REGISTERS = 64  # logits that a thread may hold as float32
 
@@ -59,20 +59,27 @@ def test_every_plan_covers_its_rows_and_fits_its_device(layout, dtype, device, d
     tiles = math.ceil(layout.inner / found.rows)
     assert found.programs == layout.outer * tiles
     assert (tiles - 1) * found.rows < layout.inner
-    # A resident row fits its tile, which is no larger than it must be; a streamed one does not.
-    assert found.schedule in ("resident", "streaming")
+    # A resident row fits its tiles; of a streamed one the body is walked in blocks.
+    assert found.schedule in ("resident", "streaming", "split")
+    assert found.rest == 0 or is_power_of_2(found.rest)
+    if found.edge:
+        assert found.rest == 2 * found.edge
     if found.schedule == "resident":
-        assert layout.classes <= found.block < max(2 * layout.classes, 2)
+        body = layout.classes // found.edge * found.edge if found.edge else layout.classes - found.rest
+        assert body <= found.block < max(2 * layout.classes, 2)
     else:
         assert found.block < layout.classes
-        # A deferred gradient has a program for every tile.
-        deferred = gradient_plan(layout, found)
-        assert (deferred.rows, deferred.block) == (found.rows, found.block)
-        assert deferred.programs == found.programs * math.ceil(layout.classes / found.block)
+        # The gradient after it has a program for every tile.
+        after = gradient_plan(layout, found)
+        assert (after.rows, after.block) == (found.rows, found.block)
+        assert after.programs == found.programs * math.ceil(layout.classes / found.block)
+        assert found.at_once >= 1
+        assert found.splits == 1 or (found.schedule, found.rows) == ("split", 1)
     # Threads, and what they hold.
     threads = found.num_warps * device.lanes
     assert threads <= 1024
     assert found.rows * found.block * accumulated <= REGISTERS * 4 * threads * found.num_ctas
+    assert threads * found.num_ctas <= 16 * 512
     # Clusters
     assert found.num_ctas <= device.cluster
     assert found.num_ctas == 1 or found.rows == 1
@@ -85,7 +92,34 @@ def test_short_rows_share_a_program(device, itemsize):
         found = plan(contiguous(1 << 16, classes), itemsize, 4, device)
         assert found.schedule == "resident"
         assert found.rows > 1
-        assert found.rows * found.block == 4096
+        assert 2048 <= found.rows * (found.block + found.rest) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("classes", "itemsize", "expected"),
+    [
+        (19, 4, (16, 4)),  # in one tile of 32 more than a third would be padding
+        (151936, 2, (131072, 32768)),
+        (1000, 2, (1024, 0)),
+        (32000, 2, (32768, 0)),
+        (1, 2, (1, 0)),
+        (50257, 2, (65536, 16)),  # rows start at any element: whole vectors, and the ends
+        (1027, 4, (1024, 8)),
+    ],
+)
+def test_pieces_of_a_row(classes, itemsize, expected):
+    found = plan(contiguous(4096, classes), itemsize, 4, DEVICES["sm_90 with clusters"])
+    assert (found.block, found.rest) == expected
+
+
+def test_ends_of_rows_are_apart_only_where_all_tensors_start_alike():
+    """Vectors of one tensor would not be vectors of the other."""
+    alike = layout((64, 1003), (1011, 1), (1003, 1))
+    apart = layout((64, 1003), (1004, 1), (1003, 1))
+    device = DEVICES["sm_90"]
+    assert plan(alike, 2, 4, device).edge == 8
+    assert plan(apart, 2, 4, device).edge == 0
+    assert plan(alike, 2, 4, device, aligned=False).edge == 0
 
 
 @devices
@@ -103,19 +137,61 @@ def test_tiles_of_neighbouring_rows_are_a_sector_wide(device, itemsize):
         assert found.rows * itemsize >= 32
 
 
-def test_long_rows_stream():
-    device = DEVICES["sm_90"]
-    schedules = {
-        classes: plan(contiguous(4096, classes), 2, 4, device).schedule for classes in (32000, 32768, 32769, 128256)
-    }
-    assert schedules == {32000: "resident", 32768: "resident", 32769: "streaming", 128256: "streaming"}
+def schedules(device, *widths, rows=4096, itemsize=2):
+    found = (plan(contiguous(rows, classes), itemsize, 4, DEVICES[device]) for classes in widths)
+    return [(f.schedule, f.num_ctas, f.num_warps) for f in found]
+
+
+def test_long_rows_stream_where_there_are_no_clusters():
+    assert schedules("sm_80", 8192, 16384, 32768, 65536) == [
+        ("resident", 1, 8),
+        ("resident", 1, 8),
+        ("resident", 1, 16),
+        ("streaming", 1, 16),
+    ]
 
 
 def test_clusters_keep_long_rows_resident():
-    found = plan(contiguous(4096, 128256), 2, 4, DEVICES["sm_90 with clusters"])
-    assert found == Plan("resident", rows=1, block=131072, num_warps=16, programs=4096, num_ctas=8)
-    beyond = plan(contiguous(4096, 131073), 2, 4, DEVICES["sm_90 with clusters"])
-    assert (beyond.schedule, beyond.num_ctas) == ("streaming", 1)
+    """Small programs first, of which two share a processor; more than 8 to a cluster only where it must be."""
+    assert schedules("sm_90 with clusters", 16384, 65536, 128256, 262144, 1 << 19, 1 << 20) == [
+        ("resident", 2, 8),
+        ("resident", 8, 8),
+        ("resident", 8, 8),
+        ("resident", 8, 16),
+        ("resident", 16, 16),
+        ("streaming", 1, 16),
+    ]
+    assert schedules("sm_90 with clusters", 262144, itemsize=4) == [("resident", 16, 16)]
+
+
+def test_few_rows_are_split():
+    for rows in (1, 8, 54):
+        found = plan(contiguous(rows, 151936), 2, 4, DEVICES["sm_80"])
+        assert found.schedule == "split"
+        assert found.programs * found.splits >= 108
+    assert plan(contiguous(55, 151936), 2, 4, DEVICES["sm_80"]).schedule == "streaming"
+    assert plan(contiguous(8, 1000), 2, 4, DEVICES["sm_80"]).schedule == "resident"
+
+
+@pytest.mark.parametrize(("classes", "itemsize"), [(50257, 2), (65536, 2), (65536, 4), (128256, 2)])
+def test_streamed_rows_stay_in_l2(classes, itemsize):
+    """Or half the processors would be idle."""
+    device = DEVICES["sm_80"]
+    found = plan(contiguous(4096, classes), itemsize, 4, device)
+    assert found.schedule == "streaming"
+    touched = 3 * classes * itemsize * found.at_once  # between two reads of a logit
+    assert touched <= 0.6 * device.l2_bytes or found.at_once == device.processors // itemsize
+
+
+def test_a_schedule_can_be_forced():
+    long, short = contiguous(4096, 128256), contiguous(4096, 1000)
+    device = DEVICES["sm_90"]
+    for name in SCHEDULES:
+        assert plan(short, 2, 4, device, schedule=name).schedule == name
+    with pytest.raises(ValueError, match="'resident' is not for 4096 rows of 128256 classes"):
+        plan(long, 2, 4, device, schedule="resident")
+    with pytest.raises(ValueError, match="'split' is not for"):
+        plan(contiguous(8, 19, 64, 64), 2, 4, device, schedule="split")
 
 
 def longest_resident(itemsize, accumulated, dense=False):

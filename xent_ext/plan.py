@@ -73,8 +73,8 @@ NARROW, NARROW_TILE = 128, 4096
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
 # this many bytes of rows wide, or it fetches what it does not use.
 SECTOR = 32
-# Two tiles for a row, of different powers of two, where they are that much smaller than one; each costs its own code.
-FULL = 0.75
+# Two tiles for a row where the second is at most a quarter of the first: a thread then holds few logits more.
+FULL = 0.625
 # Rows of fewer vectors are not worth a second tile for their ends, which is two vectors wide.
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
@@ -215,15 +215,15 @@ def pieces(classes, edge):
 def edge_vector(layout, itemsize):
     """Logits of a 16-byte vector, where rows start at any element but in all tensors at the same one of a vector.
 
-    0 where vectors are aligned anyway or cannot be, and for rows too short to be worth it.
+    0 where accesses of 8 bytes are aligned anyway or vectors cannot be, and for rows too short to be worth it.
     """
     widest = 16 // itemsize
     congruent = all(
         c == 1 and (o - layout.strides[0][0]) % widest == (i - layout.strides[0][1]) % widest == 0
         for o, i, c in layout.strides
     )
-    uneven = vectors(layout, itemsize)[0] < widest
-    return widest if congruent and uneven and layout.classes >= SHORTEST_BODY * widest else 0
+    narrow = vectors(layout, itemsize)[0] < widest // 2
+    return widest if congruent and narrow and layout.classes >= SHORTEST_BODY * widest else 0
 
 
 def gradient_plan(layout, forward):
