@@ -33,7 +33,7 @@ def describe(kernel) -> dict:
     nvidia = "cubin" in kernel.asm
     text = kernel.asm["ptx" if nvidia else "amdgcn"]
     return {
-        **(nvidia_resources(kernel.asm["cubin"]) if nvidia else amd_resources(text)),
+        **(nvidia_resources(kernel) if nvidia else amd_resources(text)),
         "shared_bytes": kernel.metadata.shared,
         "code_bytes": code_bytes(kernel.asm["cubin" if nvidia else "hsaco"]),
         "accesses": accesses(kernel),
@@ -41,14 +41,32 @@ def describe(kernel) -> dict:
     }
 
 
-def nvidia_resources(cubin: bytes) -> dict:
-    """Registers and bytes of local memory of a thread; Triton's kernels put nothing but spills in local memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump).groups())
-    return {"registers": registers, "spill_bytes": stack + local, "scalar_spills": 0}
+def nvidia_resources(kernel) -> dict:
+    """Registers of a thread and bytes that it spills to local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        dump = run(CUOBJDUMP, "-res-usage", cubin).stdout
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump).groups())
+        if stack + local:
+            # A stack frame need not hold spills; only the assembler tells.
+            ptx.write_text(kernel.asm["ptx"])
+            spilled = int(re.search(r"(\d+) bytes spill stores", assemble(ptx, kernel.asm["ptx"]))[1])
+        else:
+            spilled = 0
+    return {"registers": registers, "spill_bytes": spilled, "scalar_spills": 0}
+
+
+def assemble(ptx, text):
+    """What the assembler says of a file; Triton ships one more for newer PTX."""
+    target = re.search(r"^\.target (\w+)", text, re.M)[1]
+    newest = [CUOBJDUMP.with_name(name) for name in ("ptxas-blackwell", "ptxas")]
+    assembler = next(path for path in newest if path.exists())
+    return run(assembler, "-v", f"--gpu-name={target}", ptx, "-o", ptx.with_suffix(".cubin")).stderr
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def amd_resources(assembly: str) -> dict:

@@ -189,11 +189,12 @@ def scaled_mass(b, t, point, column, scale):
     """
     if t is None:
         return b * scale[:, None]
-    at_index = tl.where(column == t[:, None], (point * scale)[:, None], 0.0)
-    if b is None:
-        return at_index
     else:
-        return b * scale[:, None] + at_index
+        at_index = tl.where(column == t[:, None], (point * scale)[:, None], 0.0)
+        if b is None:
+            return at_index
+        else:
+            return b * scale[:, None] + at_index
 
 
 @triton.jit

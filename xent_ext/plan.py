@@ -79,7 +79,8 @@ FULL = 0.625
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
 LONG_ROW = 4096
-# Streaming programs share a processor with none or one other: 64 registers a thread.
+# Streaming programs share a processor with none or one other: 64 registers a thread. With a dense target mass they are
+# smaller, as the compiler would rather spill some than use more than that.
 STREAMING_THREADS, STREAMED_LOGITS = 512, 16
 # Few rows: small programs, so that a row of 150,000 classes keeps 37 of them busy.
 SPLIT_THREADS, SPLIT_LOGITS = 256, 16
@@ -129,7 +130,7 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
     few = layout.rows <= device.processors // 2
     if schedule == "split" or (schedule is None and few and not neighbours):
         return cannot(schedule, layout) if neighbours else split(layout, most, device, edge)
-    return streaming(layout, itemsize, most, device, edge, neighbours)
+    return streaming(layout, itemsize, most, device, edge, neighbours, dense)
 
 
 def cannot(schedule, layout):
@@ -173,13 +174,15 @@ def split(layout, most, device, edge):
     return Plan("split", 1, block, warps, programs, rest=2 * edge, edge=edge, at_once=programs * splits, splits=splits)
 
 
-def streaming(layout, itemsize, most, device, edge, neighbours):
+def streaming(layout, itemsize, most, device, edge, neighbours, dense):
     """A loop over each row, or over some that are neighbours in memory."""
     if neighbours:
         threads, held = MAX_NEIGHBOURS_THREADS, LOGITS_PER_THREAD
         rows = min(STREAMED_ROWS, next_power_of_2(layout.inner))
     else:
         threads, held, rows = STREAMING_THREADS, STREAMED_LOGITS, 1
+        if dense:
+            threads, held = threads // 2, held // 2
     return Plan(
         "streaming",
         rows,
