@@ -84,7 +84,7 @@ VARIANTS = [
     Variant("a row of the largest cluster", (4096, 128256), BF16, backwards=2),
     Variant("and with every option", (4096, 128256), FP32, **EVERY_CLASS),
     Variant("rows start at any element", (8192, 50257), BF16),
-    # Streamed by every target.
+    # Streamed by some targets or by all.
     Variant("the largest vocabularies", (4096, 256000), BF16, backwards=2),
     Variant("and in float32, beyond 2 GiB", (4096, 256000), FP32),
     Variant("and without a gradient", (4096, 256000), FP16, backwards=0),
@@ -92,6 +92,9 @@ VARIANTS = [
     Variant("a second tile, of probabilities", (1024, 256000), FP32, True, **EVERY_CLASS),
     Variant("rows start at any element", (4096, 151665), BF16),
     Variant("float64", (512, 32000), FP64),
+    Variant("few rows", (8, 151936), BF16, backwards=2),
+    Variant("few rows with every option", (16, 256000), FP32, True, **EVERY_CLASS),
+    Variant("few rows without a gradient", (16, 256000), BF16, backwards=0, **EVERY_CLASS),
     Variant("rows as neighbours in memory", (4, 4096, 128, 128), BF16, **EVERY_CLASS),
 ]
 
@@ -188,15 +191,21 @@ def walk(launch, variant: Variant) -> dict:
         name = "loss"
     else:
         name = "gradient" if arguments.get("loss_ptr") is None else "loss+gradient"
-    tile = arguments["ROWS"] * arguments["BLOCK"] * variant.dtype.itemsize
     threads = metadata.num_ctas * metadata.num_warps * metadata.target.warp_size
+    pieces = [arguments["BLOCK"], *([arguments["REST"]] if arguments["REST"] and not arguments["EDGE"] else [])]
+    tiles = [arguments["ROWS"] * classes * variant.dtype.itemsize for classes in pieces]
     return {
         "pass": name,
         "rows": arguments["ROWS"],
-        "vectors": max(tile // (16 * threads), 1),
-        # The target's logit is read by itself where the mass has no dense part.
-        "gathers": "loss" in name and not variant.probabilities and not variant.smoothing,
+        "walks": walks(launch.name, arguments["grad_ptr"] is not None),
+        "vectors": sum(max(tile // (16 * threads), 1) for tile in tiles),
+        "gathers": "loss" in name and not variant.probabilities,  # the target's logit, by itself
     }
+
+
+def walks(kernel: str, writes: bool) -> int:
+    """How often a kernel reads all the logits."""
+    return {"resident": 1, "streaming": 1 + writes, "gradient": int(writes)}[kernel]
 
 
 def table(rows: list[dict]) -> str:
