@@ -31,6 +31,7 @@ except ImportError:
 _REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's enumeration
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.uint8)
+_STATS = tuple(field.name for field in fields(CrossEntropyStats))
 _INT64 = torch.iinfo(torch.int64)
 _INT64_MIN, _INT64_MAX = _INT64.min, _INT64.max
 
@@ -295,7 +296,9 @@ def check_options(options, reduction):
             raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {options.dtype}")
     for name in ("logit_scale", "softcap", "z_loss", "normalizer"):
         value = getattr(options, name)
-        if value is not None and not (isinstance(value, Tensor) and name in ("logit_scale", "normalizer")):
+        if isinstance(value, Tensor) and name in ("logit_scale", "normalizer"):
+            continue
+        if value is not None or name in ("logit_scale", "z_loss"):
             _check_number(name, value)
     if options.softcap is not None and options.softcap <= 0:
         raise ValueError(f"softcap must be positive, or None for no cap, got {options.softcap}")
@@ -323,14 +326,13 @@ def _check_number(name, value):
 
 def stat_names(return_stats) -> tuple:
     """The statistics that `return_stats` asks for: all, none, or those named."""
-    every = tuple(field.name for field in fields(CrossEntropyStats))
     if isinstance(return_stats, bool):
-        return every if return_stats else ()
+        return _STATS if return_stats else ()
     if not isinstance(return_stats, (tuple, list)):
         raise TypeError(f"return_stats must be a bool or a tuple of names, got {_described(return_stats)}")
     for name in return_stats:
-        if name not in every:
-            raise ValueError(f"return_stats may name {', '.join(every)}, got {name!r}")
+        if name not in _STATS:
+            raise ValueError(f"return_stats may name {', '.join(_STATS)}, got {name!r}")
     return tuple(return_stats)
 
 

@@ -49,7 +49,8 @@ def explain(
     this try them on a few rows, as the call itself would.
     """
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    name, reason, problem, tensors = prepare(Options.given(**options), *arguments)
+    options = Options.that_differ(**options)
+    name, reason, problem, tensors = prepare(Options(**options) if options else None, *arguments)
     traffic = None
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad

@@ -33,41 +33,14 @@ class Options(NamedTuple):
     shift: bool = False
 
     @classmethod
-    def given(
-        cls,
-        dtype=None,
-        logit_scale=1.0,
-        softcap=None,
-        z_loss=0.0,
-        sample_weight=None,
-        normalizer=None,
-        on_all_ignored="nan",
-        inplace=False,
-        return_stats=False,
-        shift=False,
-    ):
-        """These options, or None if none differs from its default: small calls have no time for a comparison."""
-        if (
-            dtype is softcap is sample_weight is normalizer is None
-            and inplace is return_stats is shift is False
-            and type(logit_scale) is type(z_loss) is float
-            and logit_scale == 1.0
-            and z_loss == 0.0
-            and on_all_ignored == "nan"
-        ):
-            return None
-        return cls(
-            dtype,
-            logit_scale,
-            softcap,
-            z_loss,
-            sample_weight,
-            normalizer,
-            on_all_ignored,
-            inplace,
-            return_stats,
-            shift,
-        )
+    def that_differ(cls, **options):
+        """Those of the options that are not what they are by default, as a dictionary."""
+        defaults = cls._field_defaults
+        return {
+            name: value
+            for name, value in options.items()
+            if name not in defaults or isinstance(value, torch.Tensor) or value != defaults[name]
+        }
 
 
 def cross_entropy(
@@ -149,9 +122,19 @@ def cross_entropy(
 
     Where the logits are saved for backward, changing them in place before it raises RuntimeError.
     """
-    options = Options.given(
-        dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats, shift
-    )
+    if (  # written out: few logits take few microseconds
+        dtype is softcap is sample_weight is normalizer is None
+        and inplace is return_stats is shift is False
+        and type(logit_scale) is type(z_loss) is float
+        and logit_scale == 1.0
+        and z_loss == 0.0
+        and on_all_ignored == "nan"
+    ):
+        options = None
+    else:
+        options = Options(
+            dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats, shift
+        )
     return fused(None, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 

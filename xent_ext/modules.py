@@ -43,7 +43,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         if isinstance(logit_scale, torch.Tensor):
             raise TypeError("logit_scale of a module must be a number; pass a tensor to forward, by keyword")
-        given = Options.given(
+        options = Options.that_differ(
             dtype=dtype,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -53,10 +53,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             return_stats=return_stats,
             shift=shift,
         )
-        if given is not None:
-            self.options = {
-                name: value for name, value in given._asdict().items() if value != Options._field_defaults[name]
-            }
+        if options:
+            self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
