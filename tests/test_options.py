@@ -660,6 +660,22 @@ def test_wrong_options_are_named(kind, options, request):
         xent_ext.cross_entropy(**{"input": X, "target": T, **options})
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_class_indices_out_of_range(monkeypatch, backend):
+    monkeypatch.setattr(dispatch, "BACKEND", backend)
+    for options in ({"softcap": 2.0}, {"weight": torch.ones(5), "z_loss": 0.1}):
+        with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+            xent_ext.cross_entropy(X, torch.tensor([1, 5, -100]), **options)
+        xent_ext.explain(X, torch.tensor([1, 5, -100]), **options)  # says nothing of values
+
+
+def test_unsigned_class_indices(many_blocks):
+    """No uint8 is an ignore_index of -100, though 156 has its bits."""
+    input, target = torch.randn(3, 200), torch.tensor([156, 3, 199])
+    ours, theirs = (flat(xent_ext.cross_entropy(input, t, return_stats=True)) for t in (target.byte(), target))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_unknown_keywords():
     for function in (xent_ext.cross_entropy, xent_ext.explain):
         with pytest.raises(TypeError, match="unexpected keyword argument 'softcaps'"):

@@ -83,11 +83,12 @@ def is_batched(upstream):
 
 def apply(implementation, problem, tensors, expectation):
     """The loss and a tuple of statistics through `implementation`, recorded for autograd where a tensor asks for it."""
-    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    recorded = torch.is_grad_enabled()
+    if problem.inplace and not (recorded and tensors.input.requires_grad):
+        problem = dataclasses.replace(problem, inplace=False)
+    if not recorded or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         made = implementation.forward(problem, tensors, Wanted(), None)
         return made.loss, made.stats
-    if problem.inplace and not tensors.input.requires_grad:
-        problem = dataclasses.replace(problem, inplace=False)
     loss, *stats = CrossEntropy.apply(problem, implementation, expectation, *tensors)
     if problem.inplace:
         Overwritten.apply(tensors.input)

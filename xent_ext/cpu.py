@@ -79,14 +79,13 @@ def backward(problem, tensors, wanted, made, upstream, expected):
 
 def traffic(problem, tensors, want_gradient):
     """What a call moves and allocates, forward and backward, without running it."""
-    rows, target = Rows(problem, tensors), tensors.target
-    layout, acc = rows.layout, rows.acc
+    x, _, layout = arrange_call(problem, tensors)
+    acc, input, target = accumulation_dtype(problem.dtype), tensors.input, tensors.target
     block = min(rows_per_block(layout, acc), layout.rows)
-    size = tensors.input.element_size()
-    logits = layout.rows * layout.classes * size
-    gradient = (tensors.input.numel() if problem.shift else layout.rows * layout.classes) * size * want_gradient
-    copies = logits * rows.copied
-    buffers = not want_gradient or problem.reduction == "none" or tensors.input.dtype != acc
+    logits = layout.rows * layout.classes * input.element_size()
+    gradient = input.numel() * input.element_size() if want_gradient else 0
+    copies = 0 if x.data_ptr() == input.data_ptr() else logits
+    buffers = not want_gradient or problem.reduction == "none" or input.dtype != acc
     buffers += (problem.softcap is not None) + ("entropy" in problem.stats)
     kept = buffers * block * layout.classes * acc.itemsize
     values = (len(RowValues._fields) + len(problem.stats)) * layout.rows * acc.itemsize
@@ -96,7 +95,7 @@ def traffic(problem, tensors, want_gradient):
         numbers={"rows": block, "blocks": -(-layout.rows // block)},
         bytes_read=walks * (logits + target.numel() * target.element_size()) + copies,
         bytes_written=gradient + copies,
-        memory=gradient * (not problem.inplace) + copies + kept + values,
+        memory=(0 if problem.inplace else gradient) + copies + kept + values,
     )
 
 
@@ -163,10 +162,6 @@ class Rows:
         self.dense = problem.probabilities or problem.label_smoothing > 0
         special = self.scaled or problem.softcap or problem.z_loss or problem.stats or problem.inplace
         self.by_softmax = not self.dense and self.layout.classes >= SOFTMAX_WIDTH and not special
-
-    @property
-    def copied(self):
-        return self.input.data_ptr() != visible(self.problem, self.tensors.input).data_ptr()
 
     def gradient_memory(self):
         return gradient_memory(self.problem, self.tensors.input, self.input)

@@ -174,7 +174,11 @@ def with_options(owner, options, *arguments):
         loss, stats = reference.compute(problem, tensors)
     else:
         name, _, problem, tensors = prepare(options, *arguments)
-        loss, stats = reference.compute(problem, tensors) if name == "plain" else run(owner, name, problem, tensors)
+        try:
+            loss, stats = reference.compute(problem, tensors) if name == "plain" else run(owner, name, problem, tensors)
+        except Exception:
+            prepare(options, *arguments, check_values=True)  # the plain formula does not say which class index is wrong
+            raise
     if not options.return_stats:
         return loss
     return loss, statistics(options.return_stats, problem, tensors.target, dict(zip(problem.stats, stats, strict=True)))
@@ -191,7 +195,7 @@ def statistics(names, problem, target, found):
     names = checks.stat_names(names)
     if "accuracy" in names:
         correct = found["correct"]
-        counted = correct.numel() if problem.probabilities else (target != problem.ignore_index).sum()
+        counted = correct.numel() if problem.probabilities else (target.long() != problem.ignore_index).sum()
         found["accuracy"] = correct.sum() / counted
     return CrossEntropyStats(**{name: found[name] for name in names})
 
