@@ -307,7 +307,7 @@ class Rows:
         # Half precision is widened into the buffer, and replaced there by its exponentials.
         e = g if g is not None and x.dtype == self.acc else buffer(x, self.acc)
         given = x
-        if "slope" in more and e is g and self.problem.inplace:
+        if "slope" in more and e is g and self.problem.inplace:  # which needs the logits when they are overwritten
             given = buffer(x, self.acc, "given").copy_(x)
         if x.dtype != self.acc:
             x = e.copy_(x)

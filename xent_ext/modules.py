@@ -1,7 +1,6 @@
 """Loss modules."""
 
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import torch
 
@@ -17,10 +16,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     of `forward`: `sample_weight`, `normalizer`, and a `logit_scale` in place of the module's, which must be a number.
 
     Attributes:
-        options: the options for training that differ from their defaults, by name.
+        options: the options for training that differ from their defaults, by name; None without any.
     """
 
-    options = MappingProxyType({})  # beside the attributes of the base class only where there are any
+    options = None  # an attribute of the module itself only where there are any, as its pickle is the base class's
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             self.options = options
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in (self.options or {}).items())
 
     def forward(
         self,
@@ -70,7 +69,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
         options = None
         if self.options or not sample_weight is normalizer is logit_scale is None:
-            options = Options(**self.options)._replace(sample_weight=sample_weight, normalizer=normalizer)
+            options = Options(**self.options or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
             if logit_scale is not None:
                 options = options._replace(logit_scale=logit_scale)
         return fused(

@@ -50,7 +50,7 @@ class Made(NamedTuple):
     loss: Tensor
     stats: tuple = ()  # for each name of `Problem.stats`
     gradient: Tensor | None = None  # of the shape of the input; for the upstream gradient that was expected
-    slope: Tensor | None = None  # for each row: the sum of dL/dz * dz/dlogit_scale, made with `gradient`
+    slope: Tensor | None = None  # made with `gradient`: for each row, in any shape, sum_c dL/dz_c * dz_c/dlogit_scale
     losses: Tensor | None = None  # row losses before `sample_weight` and the reduction
     normalizer: Tensor | None = None  # the implementation's own, which its backward gets again
     summary: Tensor | None = None

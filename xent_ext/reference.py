@@ -159,8 +159,10 @@ def reduced(losses, weights, counted, sample_weight, normalizer, reduction, on_a
     if normalizer is None:
         normalizer = losses.numel() if weights is None else weights.sum()
     if on_all_ignored == "zero":
-        normalizer = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
-        normalizer = torch.where(normalizer == 0, torch.inf, normalizer)
+        if isinstance(normalizer, torch.Tensor):
+            normalizer = torch.where(normalizer == 0, torch.inf, normalizer)
+        else:
+            normalizer = normalizer or torch.inf
     return total / normalizer
 
 
