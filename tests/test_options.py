@@ -632,6 +632,10 @@ WRONG = {
         RuntimeError,
         {"inplace": True, "input": torch.ones(9, requires_grad=True).mul(1).as_strided((3, 5), (2, 1))},
     ),
+    "inplace chunk": (
+        RuntimeError,
+        {"inplace": True, "input": torch.ones(6, 5, requires_grad=True).mul(1).chunk(2)[0]},
+    ),
     "return_stats name": (ValueError, {"return_stats": ("lse", "perplexity")}),
     "return_stats string": (TypeError, {"return_stats": "lse"}),
     "shift None": (TypeError, {"shift": None}),

@@ -393,6 +393,8 @@ def _check_sample_weight(sample_weight, seen, target):
 def _check_inplace(input):
     if input.is_leaf:
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
+    if input._is_view() and torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise RuntimeError("inplace=True can't overwrite a view that split, chunk, unbind or a custom function made")
     end = 1  # beyond the last element that the dimensions so far reach
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride < end:

@@ -99,10 +99,10 @@ def cross_entropy(
         on_all_ignored: "nan", or "zero": a loss and gradient of 0 where "mean" would divide by 0, as it does where all
             rows are ignored.
         inplace: the gradient takes the memory of the logits, where they require one. What autograd saved of the logits
-            before, and whatever uses them later, then raises RuntimeError in backward, as do a second backward,
-            `create_graph=True` and a gradient of a statistic. An upstream gradient other than the expected one (see
-            README) multiplies the gradient that was stored, in the logits' dtype: one rounding more, and in float16
-            what underflowed stays 0. Calls that take the plain formula (see `explain`) keep the logits.
+            before, and whatever uses them later (or what they are a view of), then raises RuntimeError in backward, as
+            do a second backward, `create_graph=True` and a gradient of a statistic. An upstream gradient other than the
+            expected one (see README) multiplies the gradient that was stored, in the logits' dtype: one rounding more,
+            and in float16 what underflowed stays 0. Calls that take the plain formula (see `explain`) keep the logits.
         return_stats: True, or names of `CrossEntropyStats`: return (loss, stats), from the same pass. Gradients flow
             through `logprob`, `lse` and `entropy`; the backward that has any makes the gradient from the logits again.
         shift: for causal language models: logits (B, T, V) and target (B, T), or probabilities (B, T, V), not shifted:
