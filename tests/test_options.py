@@ -234,6 +234,26 @@ def test_gradcheck(many_blocks, options, shape, probabilities):
     assert gradgradcheck(results, tensors)
 
 
+def shifted_call(dtype=torch.float64, **options):
+    """Arguments of a call with shift: logits (2, 4, 3)."""
+    args = call((2, 3, 4), dtype, shift=True, logit_scale="logit_scale", sample_weight="sample_weight", **options)
+    args["target"] = torch.tensor([[0, 1, -100, 2], [2, 0, 1, 1]])
+    return args | {"input": args["input"].detach().mT.requires_grad_()}
+
+
+@all_reductions
+def test_gradcheck_of_shift(many_blocks, reduction):
+    args = shifted_call(reduction=reduction, softcap=2.0, z_loss=0.1)
+
+    def loss(input, sample_weight, logit_scale):
+        tensors = {"input": input, "sample_weight": sample_weight, "logit_scale": logit_scale}
+        return xent_ext.cross_entropy(**args | tensors)
+
+    leaves = (args["input"], args["sample_weight"], args["logit_scale"])
+    assert gradcheck(loss, leaves)
+    assert gradgradcheck(loss, leaves)
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float64], ids=str)
 @both_targets
 @all_reductions
@@ -519,6 +539,17 @@ def test_in_place_gives_the_same_gradient(many_blocks, options, shape, probabili
     torch.testing.assert_close(
         ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-12 if dtype == torch.float64 else 1e-3
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_in_place_with_shift(many_blocks, reduction):
+    args = shifted_call(reduction=reduction, softcap=2.0)
+
+    def computed(inplace, input, **args):
+        return xent_ext.cross_entropy(input * 1, **args, inplace=inplace)
+
+    ours, theirs = (outcome(computed, {**args, "inplace": inplace}) for inplace in (True, False))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("classes", [5, 64])
