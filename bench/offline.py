@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
+from xent_ext.kernels import launch
 
 from xent_ext import dispatch
 
@@ -27,9 +28,6 @@ PROPERTIES = {
     100: {"multiprocessor_count": 148, "max_shared_mem": 227 * 1024},
     "gfx942": {"multiprocessor_count": 304, "max_shared_mem": 64 * 1024},
 }
-
-
-launch = dispatch.implementation("triton")
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,19 @@ def test_state_is_that_of_torch_nn(options):
     ours.load_state_dict(theirs.state_dict())
 
 
-def test_signature_is_that_of_torch_nn():
-    assert inspect.signature(xent_ext.CrossEntropyLoss) == inspect.signature(torch.nn.CrossEntropyLoss)
-    ours, theirs = (
-        inspect.signature(f).parameters for f in (xent_ext.cross_entropy, torch.nn.functional.cross_entropy)
-    )
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
-    assert [p.kind for p in ours.values()] == [p.kind for p in theirs.values()]
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (xent_ext.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
+        (xent_ext.cross_entropy, torch.nn.functional.cross_entropy),
+    ],
+    ids=["module", "function"],
+)
+def test_signature_is_that_of_pytorch_and_options_by_keyword(ours, theirs):
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
+    same, options = ours[: len(theirs)], ours[len(theirs) :]
+    assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in theirs]
+    assert {p.kind for p in options} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def through_pickle(module):

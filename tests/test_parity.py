@@ -14,6 +14,7 @@ from parity import DTYPES, REDUCTIONS, SHAPES, check, class_axis, make, outcome,
 
 import xent_ext
 from xent_ext import cpu, dispatch
+from xent_ext.problem import Tensors
 
 SMOOTHINGS = (0.0, 0.1, 1.0)
 # Of class indices: ignore_index and the share of rows that have it; and probabilities.
@@ -432,7 +433,7 @@ def test_sizes_decide(monkeypatch):
         monkeypatch.setattr(dispatch, "SMALL_IMAGES", 5_000)
         args = make(shape, dtype)
         check(*args)
-        taken[shape, dtype.itemsize == 2] = dispatch.route(*args)[0]
+        taken[shape, dtype.itemsize == 2] = dispatch.route(Tensors(*args), with_options=False)[0]
     assert {key for key, name in taken.items() if name == "cpu"} == {
         ((40, 5), False),  # as few classes as this are always faster
         ((40, 5), True),

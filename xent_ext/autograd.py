@@ -1,21 +1,33 @@
 """The custom autograd Function: what is saved, what backward returns.
 
-An implementation is a module with two functions, `forward` and `backward` (see `cpu` and `kernels.launch`):
+An implementation is a module with two functions (see `cpu`, and `problem` for what goes in and out):
 
-    loss, made, normalizer, summary = forward(problem, input, target, weight, want_gradient, expected)
-    gradient, seen = backward(problem, input, target, weight, made, normalizer, summary, upstream, expected)
+    made = forward(problem, tensors, wanted, expected)
+    gradient, slope, seen = backward(problem, tensors, wanted, made, upstream, expected)
 
-Forward makes the gradient for the upstream gradient that is expected: the one that the last backward saw, at first 1.
-That is right for `loss.backward()`, and from the second step on for `(loss / k).backward()` and for the constant scale
-of automatic mixed precision. Backward compares, and makes the gradient again where it was wrong.
+Forward makes the gradient for the upstream gradient of the loss that is expected: the one that the last backward saw,
+at first 1; and for none of the statistics. That is right for `loss.backward()`, and from the second step on for
+`(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward compares, and makes the
+gradient again where it was wrong.
+
+`made` in backward is forward's, without `loss` and `stats`; its `gradient` and `slope` are None where they were not
+made or went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
+
+The gradients with respect to `sample_weight` and `logit_scale` are sums over rows, taken here: of the row losses, and
+of the slopes.
+
+With `inplace` the gradient takes the memory of the logits. It can then not be made again: backward multiplies it by
+the upstream gradient over the one that was expected, and hands it out once.
 """
 
+import dataclasses
 import functools
 import weakref
 
 import torch
 
 from . import reference
+from .problem import Made, Tensors, Upstream, Wanted
 
 
 class Expectation:
@@ -69,11 +81,19 @@ def is_batched(upstream):
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
-def apply(implementation, problem, input, target, weight, expectation):
-    """The loss through `implementation`, recorded for autograd if the input asks for it."""
-    if torch.is_grad_enabled() and input.requires_grad:
-        return CrossEntropy.apply(input, target, weight, problem, implementation, expectation)
-    return implementation.forward(problem, input, target, weight, False, None)[0]
+def apply(implementation, problem, tensors, expectation):
+    """The loss and a tuple of statistics through `implementation`, recorded for autograd where a tensor asks for it."""
+    recorded = torch.is_grad_enabled()
+    if problem.inplace and not (recorded and tensors.input.requires_grad):
+        problem = dataclasses.replace(problem, inplace=False)
+    if not recorded or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        made = implementation.forward(problem, tensors, Wanted(), None)
+        return made.loss, made.stats
+    loss, *stats = CrossEntropy.apply(problem, implementation, expectation, *tensors)
+    if problem.inplace:
+        Overwritten.apply(tensors.input)
+        loss.grad_fn.version = tensors.input._version
+    return loss, stats
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -84,44 +104,137 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, target, weight, problem, implementation, expectation):
-        ctx.expected = expectation.get(input)
-        loss, made, normalizer, summary = implementation.forward(problem, input, target, weight, True, ctx.expected)
-        ctx.save_for_backward(input, target, weight, normalizer, summary)
-        ctx.made = made
+    def forward(ctx, problem, implementation, expectation, *tensors):
+        tensors = Tensors(*tensors)
+        needed = Tensors(*ctx.needs_input_grad[3:])
+        ctx.wanted = Wanted(
+            gradient=needed.input or needed.logit_scale, slope=needed.logit_scale, losses=needed.sample_weight
+        )
+        ctx.expected = expectation.get(tensors.input)
+        if problem.inplace:
+            ctx.expected = divisor(ctx.expected)
+        made = implementation.forward(problem, tensors, ctx.wanted, ctx.expected)
+        saved = tensors._replace(input=None) if problem.inplace else tensors
+        ctx.save_for_backward(*saved, made.losses, made.normalizer, made.summary)
+        ctx.made, ctx.slope = made.gradient, made.slope
         ctx.problem, ctx.implementation, ctx.expectation = problem, implementation, expectation
         ctx.set_materialize_grads(False)
-        return loss
+        flat = (name not in Upstream._fields for name in problem.stats)
+        ctx.mark_non_differentiable(*(value for value, is_flat in zip(made.stats, flat, strict=True) if is_flat))
+        return made.loss, *made.stats
+
+    @staticmethod
+    def backward(ctx, loss, *stats):
+        upstream = Upstream(
+            loss, **{name: up for name, up in zip(ctx.problem.stats, stats, strict=True) if name in Upstream._fields}
+        )
+        if loss is None and not upstream.has_stats():
+            return (None,) * (3 + len(Tensors._fields))
+        *tensors, losses, normalizer, summary = ctx.saved_tensors
+        tensors = Tensors(*tensors)
+        made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
+        plain = torch.is_grad_enabled() or any(is_batched(up) for up in upstream if up is not None)
+        if ctx.problem.inplace:
+            refuse(ctx, plain, upstream)
+        needed = Tensors(*ctx.needs_input_grad[3:])
+        if plain:
+            return None, None, None, *differentiable_gradients(ctx.problem, tensors, needed, upstream)
+        ctx.made = ctx.slope = None
+        return None, None, None, *gradients(ctx, tensors, needed, made, upstream)
+
+
+def gradients(ctx, tensors, needed, made, upstream):
+    """The gradients of all tensors, as `Tensors`."""
+    gradient = slope = weight = None
+    if ctx.wanted.gradient:
+        gradient, slope, seen = ctx.implementation.backward(
+            ctx.problem, tensors, ctx.wanted, made, upstream, ctx.expected
+        )
+        if seen is not None:
+            ctx.expectation.note(seen, gradient)
+    if needed.sample_weight and upstream.loss is not None:
+        weight = sample_weight_gradient(ctx.problem, tensors, made.losses, upstream.loss)
+    return Tensors(
+        gradient if needed.input else None,
+        None,
+        sample_weight=weight,
+        logit_scale=slope.sum() if needed.logit_scale else None,
+    )
+
+
+def sample_weight_gradient(problem, tensors, losses, upstream):
+    with torch.enable_grad():
+        f = tensors.sample_weight.detach().requires_grad_()
+        weights, counted = reference.row_weights(problem, tensors, losses)
+        loss = reference.reduced(
+            losses, weights, counted, f, tensors.normalizer, problem.reduction, problem.on_all_ignored
+        )
+        return torch.autograd.grad(loss.to(problem.dtype), f, upstream)[0]
+
+
+def differentiable_gradients(problem, tensors, needed, upstream):
+    """The gradients by the plain formula: for `create_graph=True` and for upstream gradients under vmap."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = Tensors(
+            *(
+                tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+                for tensor, need in zip(tensors, needed, strict=True)
+            )
+        )
+        loss, stats = reference.compute(problem, inputs)
+        outputs = {"loss": loss, **dict(zip(problem.stats, stats, strict=True))}
+        wanted = [name for name, up in upstream._asdict().items() if up is not None]
+        found = iter(
+            torch.autograd.grad(
+                [outputs[name] for name in wanted],
+                [tensor for tensor, need in zip(inputs, needed, strict=True) if need],
+                [getattr(upstream, name) for name in wanted],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return Tensors(*(next(found) if need else None for need in needed))
+
+
+# --- In place
+
+
+class Overwritten(torch.autograd.Function):
+    """Tells autograd that the logits are no longer what they were: what uses them from now on has no gradient."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.mark_dirty(input)
+        return input
 
     @staticmethod
     def backward(ctx, upstream):
-        if upstream is None:
-            return (None,) * 6
-        input, target, weight, normalizer, summary = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(upstream):
-            gradient = differentiable_gradient(ctx.problem, input, target, weight, upstream)
-        else:
-            made, ctx.made = ctx.made, None
-            gradient, seen = ctx.implementation.backward(
-                ctx.problem, input, target, weight, made, normalizer, summary, upstream, ctx.expected
-            )
-            ctx.expectation.note(seen, input)
-        return gradient, None, None, None, None, None
-
-
-def differentiable_gradient(problem, input, target, weight, upstream):
-    """The gradient by the plain formula: for `create_graph=True` and for upstream gradients under vmap."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = input if input.requires_grad else input.detach().requires_grad_()
-        loss = reference.cross_entropy(
-            x,
-            target,
-            weight,
-            ignore_index=problem.ignore_index,
-            reduction=problem.reduction,
-            label_smoothing=problem.label_smoothing,
-            dtype=problem.dtype,
+        raise RuntimeError(
+            "the logits were used after cross_entropy(..., inplace=True) put their gradient in their place"
         )
-        (gradient,) = torch.autograd.grad(loss, x, upstream, create_graph=create_graph)
-    return gradient
+
+
+def divisor(expected):
+    """What the gradient can be made for and divided by again: 1 (None) in place of 0, infinity and NaN."""
+    if expected is None:
+        return None
+    return torch.where(expected.isfinite() & (expected != 0), expected, 1)
+
+
+def refuse(ctx, plain, upstream):
+    """Raise RuntimeError where the logits would be needed, but were overwritten, or their gradient was."""
+    reason = None
+    if plain:
+        reason = "for create_graph=True or batched gradients"
+    elif upstream.has_stats():
+        reason = "for the gradient of a statistic"
+    elif ctx.made is None:
+        reason = "to go through backward a second time"
+    if reason:
+        raise RuntimeError(f"cross_entropy(..., inplace=True) does not keep the logits, which are needed {reason}")
+    if ctx.made._version != ctx.version:
+        raise RuntimeError(
+            "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
+            "gradient in their place"
+        )

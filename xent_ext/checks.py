@@ -10,11 +10,16 @@ module's own. Meta tensors are held to the same rules, although PyTorch's own me
 them: the computation they stand for would fail.
 """
 
+import math
 import operator
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
+
+from .layout import batch_shape
+from .problem import CrossEntropyStats
 
 try:
     from numpy import bool_, number
@@ -26,6 +31,7 @@ except ImportError:
 _REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's enumeration
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.uint8)
+_STATS = tuple(field.name for field in fields(CrossEntropyStats))
 _INT64 = torch.iinfo(torch.int64)
 _INT64_MIN, _INT64_MAX = _INT64.min, _INT64.max
 
@@ -105,6 +111,7 @@ def check_tensors(
     label_smoothing: float,
     *,
     autocast: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise what `F.cross_entropy` raises for these tensors, whatever the values in them.
 
@@ -113,7 +120,8 @@ def check_tensors(
     () or (1,), (N), or (N, d1, ...), in int64, or in uint8 up to (N). `weight` is (C,): with class indices of
     the input's dtype and without grad, with probabilities of any dtype that promotes. `ignore_index` and
     `label_smoothing` come from `integer_ignore_index` and `smoothing_value`. `autocast` says that autocast is
-    on for the input's device, and so that float16, bfloat16 and float32 count as one dtype.
+    on for the input's device, and so that float16, bfloat16 and float32 count as one dtype. `dtype`, if there is
+    one, is what the logits are computed in: a weight of either dtype will do.
 
     Raises TypeError for what is not a tensor, NotImplementedError for the dtype of `input`, ValueError for
     the batch size of `target`, IndexError for a 0-d `input`, RuntimeError for almost everything else.
@@ -128,7 +136,7 @@ def check_tensors(
     if input.shape == target.shape:
         _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast)
     else:
-        _check_indices(input, target, weight, label_smoothing, autocast)
+        _check_indices(input, target, weight, label_smoothing, autocast, dtype)
 
 
 def _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast):
@@ -167,7 +175,7 @@ def _check_promotion(input, target, weight, label_smoothing, autocast):
         raise _logits_dtype_error(input)
 
 
-def _check_indices(input, target, weight, label_smoothing, autocast):
+def _check_indices(input, target, weight, label_smoothing, autocast, dtype):
     classes = _classes(input)
     rank = input.dim()
     if input.numel():  # PyTorch looks at the dtype of empty logits later
@@ -193,7 +201,7 @@ def _check_indices(input, target, weight, label_smoothing, autocast):
     _check_logits_dtype(input, autocast)
     if rank > 2 and target.dtype == torch.uint8 and target.numel():
         raise RuntimeError(f"target must be int64 for an input of shape {tuple(input.shape)}, got uint8")
-    if weight is not None and _computed_dtype(weight, autocast) != _computed_dtype(input, autocast):
+    if weight is not None and _computed_dtype(weight, autocast) not in (_computed_dtype(input, autocast), dtype):
         raise RuntimeError(
             f"weight must have the dtype of input, {input.dtype}, where target holds class indices, got {weight.dtype}"
         )
@@ -274,6 +282,127 @@ def _described(value) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     return type(value).__name__
+
+
+# --- Options for training
+
+
+def check_options(options, reduction):
+    """Raise TypeError or ValueError for options that no tensors could make right."""
+    if options.dtype is not None:
+        if not isinstance(options.dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {_described(options.dtype)}")
+        if options.dtype not in _LOGITS:
+            raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {options.dtype}")
+    for name in ("logit_scale", "softcap", "z_loss", "normalizer"):
+        value = getattr(options, name)
+        if isinstance(value, Tensor) and name in ("logit_scale", "normalizer"):
+            continue
+        if value is not None or name in ("logit_scale", "z_loss"):
+            _check_number(name, value)
+    if options.softcap is not None and options.softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None for no cap, got {options.softcap}")
+    if options.z_loss < 0:
+        raise ValueError(f"z_loss must not be negative, got {options.z_loss}")
+    if options.on_all_ignored not in ("nan", "zero"):
+        raise ValueError(f"on_all_ignored must be 'nan' or 'zero', got {options.on_all_ignored!r}")
+    for name in ("inplace", "shift"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name} must be a bool, got {_described(getattr(options, name))}")
+    stat_names(options.return_stats)
+    if options.normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer is what reduction='mean' divides by, got reduction={reduction!r}")
+    if options.inplace and reduction == "none":
+        raise ValueError("inplace=True is for reduction='mean' and 'sum': the gradient for 'none' is made in backward")
+
+
+def _check_number(name, value):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (float, int, *_NUMPY_SCALARS)):
+        or_tensor = " or a 0-dim tensor" if name in ("logit_scale", "normalizer") else ""
+        raise TypeError(f"{name} must be a number{or_tensor}, got {_described(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def stat_names(return_stats) -> tuple:
+    """The statistics that `return_stats` asks for: all, none, or those named."""
+    if isinstance(return_stats, bool):
+        return _STATS if return_stats else ()
+    if not isinstance(return_stats, (tuple, list)):
+        raise TypeError(f"return_stats must be a bool or a tuple of names, got {_described(return_stats)}")
+    for name in return_stats:
+        if name not in _STATS:
+            raise ValueError(f"return_stats may name {', '.join(_STATS)}, got {name!r}")
+    return tuple(return_stats)
+
+
+def check_shift(input, target, sample_weight):
+    """Raise RuntimeError unless the logits are (B, T, C) and what goes with them has their positions."""
+    for name, value in (("input", input), ("target", target), ("sample_weight", sample_weight)):
+        if not isinstance(value, Tensor) and not (name == "sample_weight" and value is None):
+            raise TypeError(f"{name} must be a Tensor, got {_described(value)}")
+    shape = tuple(input.shape)
+    if len(shape) != 3 or not shape[1]:
+        raise RuntimeError(f"input must have shape (B, T, C), with T of at least 1, with shift=True, got {shape}")
+    if tuple(target.shape) not in (shape[:2], shape):
+        raise RuntimeError(
+            f"target must have shape {shape[:2]} for class indices, or {shape} for class probabilities, with "
+            f"shift=True and an input of shape {shape}, got {tuple(target.shape)}"
+        )
+    if sample_weight is not None and tuple(sample_weight.shape) != shape[:2]:
+        raise RuntimeError(
+            f"sample_weight must have shape {shape[:2]} with shift=True and an input of shape {shape}, "
+            f"got {tuple(sample_weight.shape)}"
+        )
+
+
+def check_option_tensors(options, input, seen, target, sample_weight):
+    """Raise for options that are wrong with these tensors, of which check_tensors has nothing to say.
+
+    `seen` are the logits whose rows take part; `target` and `sample_weight` are those of these rows.
+    """
+    if options.dtype is not None and torch.promote_types(input.dtype, options.dtype) != options.dtype:
+        raise ValueError(f"dtype must hold every value of an input of {input.dtype}, got {options.dtype}")
+    for name in ("sample_weight", "normalizer", "logit_scale"):
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            if value.device != input.device:
+                raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {value.device}")
+            if value.is_complex():
+                raise TypeError(f"{name} must be real, got {value.dtype}")
+            if name != "sample_weight" and value.dim():
+                raise RuntimeError(f"{name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+    if isinstance(options.normalizer, Tensor) and options.normalizer.requires_grad:
+        raise RuntimeError("normalizer must not require grad: no gradient flows to it")
+    if sample_weight is not None:
+        _check_sample_weight(sample_weight, seen, target)
+    if options.inplace and torch.is_grad_enabled() and input.requires_grad:
+        _check_inplace(input)
+
+
+def _check_sample_weight(sample_weight, seen, target):
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be a Tensor, got {_described(sample_weight)}")
+    batch = tuple(batch_shape(seen.shape)) if seen.shape == target.shape else tuple(target.shape)
+    if tuple(sample_weight.shape) != batch:
+        raise RuntimeError(
+            f"sample_weight must have one factor for each row, shape {batch}, got {tuple(sample_weight.shape)}"
+        )
+
+
+def _check_inplace(input):
+    if input.is_leaf:
+        raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
+    if input._is_view() and torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise RuntimeError("inplace=True can't overwrite a view that split, chunk, unbind or a custom function made")
+    end = 1  # beyond the last element that the dimensions so far reach
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride < end:
+            raise RuntimeError(
+                f"inplace=True needs an input whose elements do not share memory, got shape {tuple(input.shape)} with "
+                f"strides {input.stride()}"
+            )
+        end += (size - 1) * stride
 
 
 def bad_target(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -4,8 +4,8 @@
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
     CPU                           `xent_ext.cpu`; PyTorch's own for few logits and for half precision images,
                                   where it is faster
-    anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`
-    the implementations don't do
+    anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
+    the implementations don't do  plain formula, `xent_ext.reference`
 
 `XENT_EXT_BACKEND`, read when the package is imported, overrides this: `torch` gives every call to PyTorch,
 `triton` gives CPU tensors to the Triton kernels too (under Triton's interpreter, or a driver that runs on the
@@ -42,7 +42,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 @functools.cache
 def implementation(name):
     """The module that implements `forward` and `backward`; Triton is imported when a call first needs it."""
-    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels.launch"}[name])
+    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels_without_options"}[name])
 
 
 @functools.cache
@@ -68,26 +68,36 @@ def is_autocast(input):
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def route(input, target, weight):
-    """(name of the implementation: "triton", "cpu" or "torch"; why) for checked arguments."""
+def route(tensors, with_options):
+    """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
+    name, reason = supported_route(tensors, with_options)
+    return ("plain" if with_options and name == "torch" else name), reason
+
+
+def supported_route(tensors, with_options):
+    """`route`, with "torch" for all that no implementation takes."""
+    input = tensors.input
     if BACKEND == "torch":
         return "torch", "XENT_EXT_BACKEND=torch"
-    if reason := unsupported(input, target, weight):
+    if reason := unsupported(tensors):
         return "torch", reason
     if input.is_cuda or BACKEND == "triton":
         if not has_triton():
             return "torch", "Triton is not installed"
+        if with_options:
+            return "torch", "the kernels do not have the options for training yet"
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if is_small(input):
+    if not with_options and is_small(input):
         return "torch", "few logits, or half precision images, on a CPU, where PyTorch's own is faster"
     return "cpu", "the logits are on a CPU"
 
 
-def unsupported(input, target, weight):
+def unsupported(tensors):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
-    for tensor in (input, target, weight):
+    input, target, weight = tensors[:3]
+    for tensor in tensors:
         if tensor is None:
             continue
         if type(tensor) not in PLAIN:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from . import dispatch
-from .functional import prepare
+from .functional import Options, prepare
 from .plan import Traffic
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns. The traffic is None where PyTorch's own takes the call."""
+    """What `explain` returns. The traffic is None where PyTorch's own or the plain formula takes the call."""
 
-    implementation: str  # "triton", "cpu" or "torch"
+    implementation: str  # "triton", "cpu", "torch" or "plain"
     reason: str
     traffic: Traffic | None = None
 
@@ -39,6 +39,7 @@ def explain(
     reduce=None,
     reduction="mean",
     label_smoothing=0.0,
+    **options,
 ):
     """Print, and return as an `Explanation`, how `cross_entropy` would run this call, without running it.
 
@@ -48,11 +49,12 @@ def explain(
     this try them on a few rows, as the call itself would.
     """
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    name, reason, problem = prepare(*arguments)
+    options = Options.that_differ(**options)
+    name, reason, problem, tensors = prepare(Options(**options) if options else None, *arguments)
     traffic = None
-    if name != "torch":
+    if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad
-        traffic = dispatch.implementation(name).traffic(problem, input, target, weight, want_gradient)
+        traffic = dispatch.implementation(name).traffic(problem, tensors, want_gradient)
     explanation = Explanation(name, reason, traffic)
     print(explanation)
     return explanation

@@ -71,11 +71,16 @@ def batch_shape(shape):
     return shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
 
 
-def arrange(input, q):
+def gradient_stride(input):
+    """Strides of torch.empty_like(input): the input's own where it is dense."""
+    return input.stride() if input.is_contiguous() else torch.empty_like(input, device="meta").stride()
+
+
+def arrange(input, q, gradient_stride=gradient_stride):
     """Input and probabilities (or None) with the layout that they share with the gradient, in that order.
 
-    The layout's strides are the input's, the gradient's and the probabilities'; the gradient is to be made as
-    `torch.empty_like` of the input returned. Tensors that fit no common layout are copied.
+    The layout's strides are the input's, the gradient's and the probabilities'; the gradient for the input returned is
+    to have the strides that `gradient_stride` gives for it. Tensors that fit no common layout are copied.
     """
     attempts = (
         lambda: (input, q),
@@ -95,6 +100,32 @@ def contiguous(tensor):
     return None if tensor is None else tensor.contiguous()
 
 
-def gradient_stride(input):
-    """Strides of torch.empty_like(input): the input's own where it is dense."""
-    return input.stride() if input.is_contiguous() else torch.empty_like(input, device="meta").stride()
+# --- The same for a call, whose options say what of the input is read, and where the gradient goes
+
+
+def visible(problem, input):
+    """The logits whose rows take part, (N, C, ...): with `shift` all but those of the last position."""
+    return input[:, :-1].transpose(1, 2) if problem.shift else input
+
+
+def arrange_call(problem, tensors):
+    """`arrange` for the visible logits; their gradient is to be `visible` in `gradient_memory`."""
+
+    def shifted_stride(x):
+        return visible(problem, torch.empty_like(tensors.input, device="meta")).stride()
+
+    strides = torch.Tensor.stride if problem.inplace else shifted_stride if problem.shift else gradient_stride
+    return arrange(visible(problem, tensors.input), tensors.target if problem.probabilities else None, strides)
+
+
+def gradient_memory(problem, input, x):
+    """Memory for the gradient with respect to the whole input; 0 where no row is visible.
+
+    x is the input as `arrange_call` returns it: visible, perhaps copied (never with `shift`, whose batch has but two
+    dimensions). With `inplace` the gradient takes its place.
+    """
+    like = input if problem.shift else x
+    memory = like.detach() if problem.inplace else torch.empty_like(like)
+    if problem.shift:
+        memory[:, -1].zero_()
+    return memory

@@ -1,16 +1,87 @@
-"""What a call asks for, once its arguments are checked: the part that is not tensors."""
+"""What a call asks for, once its arguments are checked, and what passes between autograd and an implementation."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The options of one loss, validated and with PyTorch's defaults filled in."""
+    """The options of one loss, validated and with defaults filled in: all that is not tensors."""
 
     probabilities: bool  # targets are class probabilities
     reduction: str  # "none", "mean" or "sum"
     ignore_index: int
     label_smoothing: float  # in [0, 1]
     dtype: torch.dtype  # of the loss
+    logit_scale: float = 1.0  # 1 where it is a tensor
+    softcap: float | None = None
+    z_loss: float = 0.0
+    on_all_ignored: str = "nan"  # or "zero": where `mean` would divide by 0 it divides by infinity
+    shift: bool = False  # the input is (B, T, C), and its rows are those of `layout.visible`
+    inplace: bool = False  # the gradient takes the memory of the input
+    stats: tuple = ()  # names of `reference.STATS`, in that order
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call. Those from `sample_weight` on are of the dtype that the loss is computed in."""
+
+    input: Tensor
+    target: Tensor  # class indices, or probabilities of the shape of the visible input
+    weight: Tensor | None = None  # (C)
+    sample_weight: Tensor | None = None  # in the shape of the rows
+    normalizer: Tensor | None = None  # 0-dim
+    logit_scale: Tensor | None = None  # 0-dim
+
+
+class Wanted(NamedTuple):
+    """What is to be made besides the loss and the statistics."""
+
+    gradient: bool = False  # with respect to the input
+    slope: bool = False  # for the gradient with respect to `logit_scale`; only with `gradient`
+    losses: bool = False  # for the gradient with respect to `sample_weight`
+
+
+class Made(NamedTuple):
+    """What the forward pass made. Values for each row are in the shape of the rows."""
+
+    loss: Tensor
+    stats: tuple = ()  # for each name of `Problem.stats`
+    gradient: Tensor | None = None  # of the shape of the input; for the upstream gradient that was expected
+    slope: Tensor | None = None  # made with `gradient`: for each row, in any shape, sum_c dL/dz_c * dz_c/dlogit_scale
+    losses: Tensor | None = None  # row losses before `sample_weight` and the reduction
+    normalizer: Tensor | None = None  # the implementation's own, which its backward gets again
+    summary: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """The gradients that come into backward: None where nothing came of an output."""
+
+    loss: Tensor | None = None
+    logprob: Tensor | None = None  # these in the shape of the rows
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def has_stats(self):
+        return any(tensor is not None for tensor in self[1:])
+
+
+@dataclass(frozen=True)
+class CrossEntropyStats:
+    """What `cross_entropy(..., return_stats=...)` says of each row besides its loss; None where it was not asked for.
+
+    All are of the distribution p = softmax(z) that the loss sees: after `logit_scale` and `softcap`. They have the
+    shape of the rows, the floating ones the dtype that the loss is computed in (float32 for half precision). Gradients
+    flow through `logprob`, `lse` and `entropy`. An ignored row's logits are not read: its values are 0, False and, for
+    `predicted`, -1.
+    """
+
+    logprob: Tensor | None = None  # log p_t; for probabilities q sum_c q_c log p_c
+    lse: Tensor | None = None  # log sum_c exp z_c
+    entropy: Tensor | None = None  # - sum_c p_c log p_c
+    max_prob: Tensor | None = None  # the largest p_c
+    predicted: Tensor | None = None  # its class, int64; the first of several
+    correct: Tensor | None = None  # whether that is t; for probabilities the first class of the largest q_c
+    accuracy: Tensor | None = None  # 0-dim: the share of correct rows among those not ignored; NaN if there are none
