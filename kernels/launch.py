@@ -7,6 +7,7 @@ of clusters, once for each process.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import warnings
 
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import arrange, batch_shape
+from ..layout import arrange_call, batch_shape, class_axis, contiguous, gradient_memory, layout, visible
 from ..plan import (
     FEW_ROWS,
     L2_BYTES,
@@ -29,14 +30,19 @@ from ..plan import (
     plan,
     vectors,
 )
-from ..problem import Problem
+from ..problem import Made, Problem, Tensors, Wanted
 from ..reference import accumulation_dtype
 from .gradient import gradient as gradient_kernel
+from .gradient import rescale
 from .normalizer import normalizer_parts, sum_parts
 from .resident import resident as resident_kernel
 from .streaming import streaming as streaming_kernel
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# The order in which the kernels store the statistics that are floating point numbers.
+FLOATING_STATS = ("logprob", "lse", "entropy", "max_prob")
+NO_RESULTS = {"loss_ptr": None, "row_losses_ptr": None, "stats_ptr": None, "predicted_ptr": None}
 
 # Forces a schedule, for measurements.
 SCHEDULE = os.environ.get("XENT_EXT_SCHEDULE")
@@ -94,7 +100,7 @@ def check_clusters(device, plan):
     """
     classes = plan.block - 36
     input = (torch.arange(3 * classes, device=device) * 7919 % 10007).div(1000.0).view(3, classes)
-    target = torch.tensor([0, -100, classes - 1], device=device)
+    tensors = Tensors(input, torch.tensor([0, -100, classes - 1], device=device))
     problem = Problem(False, "sum", -100, 0.0, torch.float32)
     clustered = dataclasses.replace(plan, programs=3, rest=0, edge=0)
     block = plan.block // plan.num_ctas
@@ -102,9 +108,9 @@ def check_clusters(device, plan):
     try:
         with on_device(input):
             found, expected = (
-                run(Call(problem, input, target, None, p), True, None)[:2] for p in (clustered, streamed)
+                Call(problem, tensors, p).forward(Wanted(gradient=True), None) for p in (clustered, streamed)
             )
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close((found.loss, found.gradient), (expected.loss, expected.gradient))
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
         warnings.warn(
             f"xent_ext streams long rows on {device}, as clusters of {plan.num_ctas} fail: {error}", stacklevel=2
@@ -113,84 +119,91 @@ def check_clusters(device, plan):
     return True
 
 
-def forward(problem, input, target, weight, want_gradient, expected):
-    """The loss, its gradient for the upstream gradient that is `expected` (or None), and what `backward` needs besides.
+def forward(problem, tensors, wanted, expected):
+    """The loss, its gradient for the upstream gradient that is `expected` (None: 1), and what `backward` needs besides.
 
-    The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient. `expected` is a 0-dim
-    tensor that an earlier `backward` returned; None stands for 1.
+    The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
     """
-    with on_device(input):
-        return run(Call(problem, input, target, weight), want_gradient, expected)
+    with on_device(tensors.input):
+        return Call(problem, tensors).forward(wanted, expected)
 
 
-def run(call, want_gradient, expected):
-    """See `forward`."""
-    per_row = call.problem.reduction == "none"
-    normalizer = call.normalizer()
-    made = torch.empty_like(call.input) if want_gradient and not per_row else None
-    summary = call.new(4, call.layout.rows, call.plan.splits) if call.summarised(want_gradient) else None
-    if per_row:
-        losses = loss = call.new(*batch_shape(call.input.shape), dtype=call.problem.dtype)
-    else:
-        losses = call.new(call.plan.programs)
-    call.losses(losses, made, normalizer, summary, None if made is None else call.factor(expected))
-    if not per_row:
-        loss = call.total(losses, normalizer)
-    return loss, made, normalizer, summary
+def backward(problem, tensors, wanted, made, upstream, expected):
+    """The gradient for `upstream`, the slopes that belong to it, and what to expect the next time.
 
-
-def backward(problem, input, target, weight, made, normalizer, summary, upstream, expected):
-    """The gradient for `upstream`, a 0-dim tensor or one number for each row; and what to expect the next time.
-
-    `made` is the gradient for `expected`. It is returned as it is where the device finds that `upstream` is the same,
+    `made.gradient` is that for `expected`. It is returned as it is where the device finds that `upstream` is the same,
     and is otherwise overwritten with the right one. None: the gradient is made in a new tensor.
     """
-    call = Call(problem, input, target, weight)
-    with on_device(input):
-        upstream = upstream.contiguous()
-        if made is None:
-            gradient, seen = torch.empty_like(call.input), None
-            call.gradient(gradient, normalizer, summary, upstream, None, None)
-        else:
-            gradient, seen = made, call.new()
-            call.gradient(gradient, normalizer, summary, upstream, call.factor(expected), seen)
-    return gradient, seen
+    with on_device(made.gradient if problem.inplace else tensors.input):
+        if problem.inplace:
+            return rescaled(problem, made, upstream.loss, expected)
+        return Call(problem, tensors).backward(wanted, made, upstream, expected)
 
 
-def traffic(problem, input, target, weight, want_gradient):
+def rescaled(problem, made, upstream, expected):
+    """`backward` where the logits are gone: gradient and slopes times `upstream` over `expected`."""
+    acc = accumulation_dtype(problem.dtype)
+    gradient = visible(problem, made.gradient)
+    expected = one(acc, gradient.device) if expected is None else expected
+    seen = torch.empty_like(expected)
+    strides = gradient.stride()
+    seen_as = layout(gradient.shape, strides, strides)
+    numbers = gradient_plan(
+        seen_as, plan(seen_as, gradient.element_size(), acc.itemsize, INTERPRETED, schedule="streaming")
+    )
+    class_vec, row_vec = vectors(seen_as, gradient.element_size())
+    outer, inner, by_class = seen_as.strides[0]
+    rescale[(numbers.programs,)](
+        gradient, upstream, expected, seen, seen_as.inner, seen_as.classes, outer, inner, by_class,
+        ROWS=numbers.rows, BLOCK=numbers.block, WIDE=is_wide(seen_as, numbers), CLASS_VEC=class_vec, ROW_VEC=row_vec,
+        ACC=TRITON_DTYPE[acc], num_warps=numbers.num_warps,
+    )  # fmt: skip
+    slope = None if made.slope is None else made.slope * (upstream.to(acc) / expected)
+    return made.gradient, slope, seen
+
+
+def traffic(problem, tensors, want_gradient):
     """What a call moves and allocates, forward and backward, without running it."""
-    call = Call(problem, input, target, weight)
+    call = Call(problem, tensors)
     plan, rows = call.plan, call.layout.rows
-    logits, acc = input.numel() * input.element_size(), call.acc.itemsize
+    input, target = tensors.input, tensors.target
+    logits, acc = rows * call.layout.classes * input.element_size(), call.acc.itemsize
     deferred = want_gradient and problem.reduction == "none"
-    summary = 4 * rows * plan.splits * acc if call.summarised(want_gradient) else 0
+    summary = math.prod(call.summary_shape) * acc if call.summarised(want_gradient) else 0
     # A streamed or split row is read again for its gradient, and so is every row whose gradient is deferred.
     walks = 2 if want_gradient and (deferred or plan.schedule != "resident") else 1
     losses = rows * problem.dtype.itemsize if problem.reduction == "none" else plan.programs * acc
-    gradient = logits if want_gradient else 0
+    stats = len(problem.stats) * rows * acc
+    gradient = input.numel() * input.element_size() if want_gradient else 0
     copies = sum(
         new.numel() * new.element_size()
-        for new, old in ((call.input, input), (call.q, target), (call.target, target), (call.weight, weight))
-        if new is not None and new is not old
+        for new, old in ((call.x, input), (call.q, target), (call.target, target), (call.weight, tensors.weight))
+        if new is not None and new.data_ptr() != old.data_ptr()
     )
     reads = walks * (logits + target.numel() * target.element_size()) + summary + copies
-    new = gradient + summary + losses + copies
+    new = summary + losses + stats + copies
     numbers = {
         "ROWS": plan.rows,
         "BLOCK": plan.block,
-        "num_warps": plan.num_warps,
-        "num_ctas": plan.num_ctas,
         "REST": plan.rest,
         "EDGE": plan.edge,
         "SPLITS": plan.splits,
+        "num_warps": plan.num_warps,
+        "num_ctas": plan.num_ctas,
         "programs": plan.programs,
     }
-    return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new, memory=new)
+    memory = new + (0 if problem.inplace else gradient)
+    return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new + gradient, memory=memory)
 
 
 @functools.lru_cache
+def constant(value, dtype, device):
+    """A number on the device: kernels take options from memory, so that None has no code and no number its own."""
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def one(dtype, device):
-    return torch.ones((), dtype=dtype, device=device)
+    return constant(1.0, dtype, device)
 
 
 def on_device(tensor):
@@ -200,40 +213,154 @@ def on_device(tensor):
 class Call:
     """One call's tensors, their layout and plan, and the kernels launched with them."""
 
-    def __init__(self, problem, input, target, weight, plan=None):
-        self.problem = problem
+    def __init__(self, problem, tensors, plan=None):
+        self.problem, self.tensors = problem, tensors
         self.acc = accumulation_dtype(problem.dtype)
-        self.weight = None if weight is None else weight.contiguous()
-        self.input, self.q, self.layout = arrange(input, target if problem.probabilities else None)
-        self.target = None if problem.probabilities else target.contiguous()
+        self.device = tensors.input.device
+        self.x, self.q, self.layout = arrange_call(problem, tensors)
+        self.weight = contiguous(tensors.weight)
+        self.sample_weight = contiguous(tensors.sample_weight)
+        self.target = None if problem.probabilities else tensors.target.contiguous()
         self.plan = plan or self.usual_plan()
 
     def usual_plan(self):
         """The plan for the input's device, with clusters only where they work."""
-        device = device_properties(self.input.device.index or 0)
-        dense = self.problem.probabilities or self.problem.label_smoothing > 0
-        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (self.input, self.q))
-        usual = functools.partial(
-            plan,
+        problem, device = self.problem, device_properties(self.device.index or 0)
+        # Beside each logit a thread then keeps its target mass, or what the gradient needs of it besides.
+        dense = bool(
+            problem.probabilities
+            or problem.label_smoothing > 0
+            or problem.softcap
+            or problem.stats
+            or self.tensors.logit_scale is not None
+        )
+        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (self.x, self.q))
+        schedule = SCHEDULE
+        if problem.inplace and schedule in (None, "split"):
+            # Programs that share a row would overwrite logits that others have still to read.
+            schedule = self.found(device, dense, aligned, None).schedule.replace("split", "streaming")
+        found = self.found(device, dense, aligned, schedule)
+        while found.num_ctas > 1 and not clusters_work(self.device, found):
+            smaller = PORTABLE_CLUSTER if found.num_ctas > PORTABLE_CLUSTER else 1
+            device = dataclasses.replace(device, cluster=smaller)
+            found = self.found(device, dense, aligned, schedule)
+        return found
+
+    def found(self, device, dense, aligned, schedule):
+        return plan(
             self.layout,
-            self.input.element_size(),
+            self.x.element_size(),
             self.acc.itemsize,
+            device,
             dense=dense,
             aligned=aligned,
-            schedule=SCHEDULE,
+            schedule=schedule,
         )
-        found = usual(device)
-        while found.num_ctas > 1 and not clusters_work(self.input.device, found):
-            smaller = PORTABLE_CLUSTER if found.num_ctas > PORTABLE_CLUSTER else 1
-            found = usual(dataclasses.replace(device, cluster=smaller))
-        return found
+
+    # What is allocated
+
+    def new(self, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
+
+    def new_by_row(self, dtype=None):
+        return self.new(*batch_shape(visible(self.problem, self.tensors.input).shape), dtype=dtype)
+
+    def gradient_memory(self):
+        return gradient_memory(self.problem, self.tensors.input, self.x)
+
+    def new_slope(self):
+        """One number for each row, or for each tile that makes a gradient (see `streaming`); autograd adds them."""
+        if self.plan.schedule == "resident":
+            return self.new(self.layout.rows)
+        blocks = -(-self.layout.classes // self.plan.block)
+        return torch.zeros(self.layout.rows, blocks, dtype=self.acc, device=self.device)
 
     def summarised(self, want_gradient):
         """Whether the forward pass leaves a summary of each row: split rows have their loss from it, too."""
         return self.plan.splits > 1 or (want_gradient and self.plan.schedule == "streaming")
 
-    def new(self, *shape, dtype=None):
-        return torch.empty(shape, dtype=dtype or self.acc, device=self.input.device)
+    @property
+    def summary_shape(self):
+        return 8 if self.problem.stats else 4, self.layout.rows, self.plan.splits
+
+    # The two passes
+
+    def forward(self, wanted, expected):
+        problem = self.problem
+        now = wanted.gradient and problem.reduction != "none"
+        normalizer = self.normalizer()
+        memory = self.gradient_memory() if now else None
+        slope = self.new_slope() if now and wanted.slope else None
+        summary = self.new(*self.summary_shape) if self.summarised(wanted.gradient) else None
+        row_losses = self.new_by_row() if wanted.losses else None
+        floating = bool({"logprob", "lse", "entropy", "max_prob"} & set(problem.stats))
+        stats = self.new(4, self.layout.rows) if floating else None
+        predicted = self.new_by_row(torch.int64) if {"predicted", "correct"} & set(problem.stats) else None
+        per_row = problem.reduction == "none"
+        losses = self.new_by_row(problem.dtype) if per_row else self.new(self.plan.programs)
+        results = {
+            "loss_ptr": losses, "row_losses_ptr": row_losses, "stats_ptr": stats, "predicted_ptr": predicted,
+        }  # fmt: skip
+        self.walk(results, memory, slope, normalizer, summary, self.factor(expected) if now else None)
+        return Made(
+            loss=losses if per_row else self.total(losses, normalizer),
+            stats=self.statistics(stats, predicted),
+            gradient=memory,
+            slope=slope,
+            losses=row_losses,
+            normalizer=normalizer,
+            summary=summary,
+        )
+
+    def backward(self, wanted, made, upstream, expected):
+        ahead = made.gradient is not None
+        memory = made.gradient if ahead else self.gradient_memory()
+        slope = made.slope if ahead else None
+        if wanted.slope and slope is None:
+            slope = self.new_slope()
+        of_loss = constant(0.0, self.acc, self.device) if upstream.loss is None else upstream.loss
+        of_loss = (
+            of_loss.expand(self.layout.rows) if self.problem.reduction == "none" and not of_loss.dim() else of_loss
+        )
+        of_loss = of_loss.contiguous()
+        seen = of_stats = None
+        expects = None
+        if upstream.has_stats():
+            of_stats = torch.stack([self.by_row_number(up) for up in upstream[1:]])
+        elif ahead:
+            seen, expects = self.new(), self.factor(expected)
+        self.remake(memory, slope, made, of_loss, of_stats, expects, seen)
+        return memory, slope, seen
+
+    def by_row_number(self, upstream):
+        """A statistic's upstream gradient, zeros if it has none, in the order of row numbers."""
+        if upstream is None:
+            return torch.zeros(self.layout.rows, dtype=self.acc, device=self.device)
+        return upstream.to(self.acc).reshape(-1)
+
+    def factor(self, expected):
+        """The upstream gradient that is expected, on the device."""
+        return one(self.acc, self.device) if expected is None else expected
+
+    def statistics(self, stats, predicted):
+        """Those that are asked for, in the shape of the rows."""
+        if not self.problem.stats:
+            return ()
+        like = batch_shape(visible(self.problem, self.tensors.input).shape)
+        found = {"predicted": predicted}
+        if stats is not None:
+            found |= {name: row.view(like) for name, row in zip(FLOATING_STATS, stats.unbind(), strict=True)}
+        if "correct" in self.problem.stats:
+            found["correct"] = self.correct(predicted)
+        return tuple(found[name] for name in self.problem.stats)
+
+    def correct(self, predicted):
+        if self.problem.probabilities:
+            return predicted == self.tensors.target.argmax(class_axis(self.tensors.target.shape))
+        target = self.target.long().view_as(predicted)
+        return (predicted == target) & (target != self.problem.ignore_index)
+
+    # The normaliser
 
     @property
     def divisor(self):
@@ -244,10 +371,14 @@ class Call:
     @property
     def counts_rows(self):
         """Whether the normaliser is the number, or weight, of the rows that are not ignored."""
-        return self.problem.reduction == "mean" and not self.problem.probabilities
+        if self.problem.reduction != "mean" or self.tensors.normalizer is not None:
+            return False
+        return not self.problem.probabilities or self.sample_weight is not None
 
     def normalizer(self):
-        """Partial sums of the rows' weights; None where there are few, or where `divisor` is the normaliser."""
+        """Its only or its partial sums; None where there are few rows, or where `divisor` is the normaliser."""
+        if self.problem.reduction == "mean" and self.tensors.normalizer is not None:
+            return self.tensors.normalizer
         if not self.counts_rows or self.layout.rows <= FEW_ROWS:
             return None
         count, span = parts(self.layout.rows)
@@ -258,8 +389,9 @@ class Call:
     def counted(self):
         """What the rows are counted by."""
         return {
-            "target_ptr": self.target, "weight_ptr": self.weight, "rows": self.layout.rows,
-            "ignore_index": self.problem.ignore_index, "classes": self.layout.classes, "ACC": TRITON_DTYPE[self.acc],
+            "target_ptr": self.target, "weight_ptr": self.weight, "sample_weight_ptr": self.sample_weight,
+            "rows": self.layout.rows, "ignore_index": self.problem.ignore_index, "classes": self.layout.classes,
+            "ACC": TRITON_DTYPE[self.acc],
         }  # fmt: skip
 
     def divided(self, normalizer):
@@ -268,48 +400,16 @@ class Call:
             "normalizer_ptr": normalizer, "divisor": self.divisor,
             "PARTS": 1 if normalizer is None else normalizer.numel(),
             "COUNT": FEW_ROWS if self.counts_rows and normalizer is None else 0,
+            "NOT_ZERO": self.problem.on_all_ignored == "zero",
         }  # fmt: skip
-
-    def factor(self, expected):
-        """The upstream gradient that is expected, on the device."""
-        return one(self.acc, self.input.device) if expected is None else expected
-
-    def losses(self, losses, gradient, normalizer, summary, upstream):
-        """Row losses, or one sum for each tile; and the gradient for the scalar `upstream`."""
-        plan = self.plan
-        if plan.schedule == "resident":
-            shared = self.arguments(plan, gradient, normalizer, upstream)
-            resident_kernel[(plan.programs,)](**shared, expected_ptr=None, seen_ptr=None, loss_ptr=losses)
-            return
-        walk = self.arguments(plan, gradient if plan.splits == 1 else None, normalizer, upstream)
-        streaming_kernel[(min(plan.programs * plan.splits, plan.at_once),)](
-            **walk, summary_ptr=summary, loss_ptr=losses, tiles=plan.programs, SPLITS=plan.splits
-        )
-        if plan.splits > 1:
-            self.from_summary(losses, gradient, normalizer, summary, upstream, None, None)
-
-    def gradient(self, gradient, normalizer, summary, upstream, expected, seen):
-        """The gradient for `upstream`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
-        if self.plan.schedule == "resident":
-            shared = self.arguments(self.plan, gradient, normalizer, upstream)
-            resident_kernel[(self.plan.programs,)](**shared, expected_ptr=expected, seen_ptr=seen, loss_ptr=None)
-        else:
-            self.from_summary(None, gradient, normalizer, summary, upstream, expected, seen)
-
-    def from_summary(self, losses, gradient, normalizer, summary, upstream, expected, seen):
-        """What is wanted of losses and gradient of streamed or split rows."""
-        after = gradient_plan(self.layout, self.plan)
-        gradient_kernel[(self.plan.programs if gradient is None else after.programs,)](
-            **self.arguments(after, gradient, normalizer, upstream), expected_ptr=expected, seen_ptr=seen,
-            summary_ptr=summary, loss_ptr=losses, SPLITS=after.splits,
-        )  # fmt: skip
 
     def total(self, losses, normalizer):
         """The sum of the tiles' losses over the normaliser, 0-dim, in the loss's dtype."""
         count, span = parts(losses.numel())
         if count > 1:
             partial = self.new(count)
-            self.sum_parts(losses, partial, span, {"normalizer_ptr": None, "divisor": 1.0, "PARTS": 1, "COUNT": 0})
+            undivided = {"normalizer_ptr": None, "divisor": 1.0, "PARTS": 1, "COUNT": 0, "NOT_ZERO": False}
+            self.sum_parts(losses, partial, span, undivided)
             losses = partial
         out = self.new(dtype=self.problem.dtype)
         self.sum_parts(losses, out, losses.numel(), self.divided(normalizer))
@@ -320,21 +420,75 @@ class Call:
             losses_ptr=losses, out_ptr=out, count=losses.numel(), span=span, **self.counted(), **divided, **REDUCTION
         )
 
-    def arguments(self, plan, gradient, normalizer, upstream):
+    # The walks over the logits
+
+    def walk(self, results, memory, slope, normalizer, summary, upstream):
+        """Row losses, or one sum for each tile, and statistics; and the gradient for the scalar `upstream`."""
+        plan = self.plan
+        if plan.schedule == "resident":
+            shared = self.arguments(plan, memory, slope, normalizer, upstream)
+            resident_kernel[(plan.programs,)](
+                **shared, **results, expected_ptr=None, seen_ptr=None, stats_upstream_ptr=None
+            )
+            return
+        ends = plan.splits == 1
+        walk = self.arguments(plan, memory if ends else None, slope if ends else None, normalizer, upstream)
+        streaming_kernel[(min(plan.programs * plan.splits, plan.at_once),)](
+            **walk,
+            **results,
+            summary_ptr=summary,
+            tiles=plan.programs,
+            STATS=bool(self.problem.stats),
+            SPLITS=plan.splits,
+        )
+        if not ends:
+            self.from_summary(results, memory, slope, normalizer, summary, upstream, None, None, None)
+
+    def remake(self, memory, slope, made, upstream, of_stats, expected, seen):
+        """The gradient for `upstream` and `of_stats`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
+        if self.plan.schedule == "resident":
+            shared = self.arguments(self.plan, memory, slope, made.normalizer, upstream)
+            resident_kernel[(self.plan.programs,)](
+                **shared, **NO_RESULTS, expected_ptr=expected, seen_ptr=seen, stats_upstream_ptr=of_stats
+            )
+        else:
+            self.from_summary(
+                NO_RESULTS, memory, slope, made.normalizer, made.summary, upstream, of_stats, expected, seen
+            )
+
+    def from_summary(self, results, memory, slope, normalizer, summary, upstream, of_stats, expected, seen):
+        """What is wanted of results and gradient of streamed or split rows."""
+        after = gradient_plan(self.layout, self.plan)
+        gradient_kernel[(self.plan.programs if memory is None else after.programs,)](
+            **self.arguments(after, memory, slope, normalizer, upstream), **results, expected_ptr=expected,
+            seen_ptr=seen, stats_upstream_ptr=of_stats, summary_ptr=summary, STATS=bool(self.problem.stats),
+            SPLITS=after.splits,
+        )  # fmt: skip
+
+    def option(self, value):
+        return None if value is None else constant(value, self.acc, self.device)
+
+    def arguments(self, plan, memory, slope, normalizer, upstream):
         """What the schedules' kernels have in common."""
         problem, layout = self.problem, self.layout
         x, g, q = layout.strides
-        class_vec, row_vec = vectors(layout, self.input.element_size())
+        class_vec, row_vec = vectors(layout, self.x.element_size())
+        scale = self.tensors.logit_scale
+        if scale is None and problem.logit_scale != 1:
+            scale = self.option(problem.logit_scale)
         return {
             **self.counted(), **self.divided(normalizer),
-            "x_ptr": self.input, "q_ptr": self.q, "upstream_ptr": upstream, "grad_ptr": gradient,
+            "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream,
+            "logit_scale_ptr": scale, "softcap_ptr": self.option(problem.softcap),
+            "z_loss_ptr": self.option(problem.z_loss or None),
+            "grad_ptr": None if memory is None else visible(problem, memory), "slope_ptr": slope,
             "inner": layout.inner,
             "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
             "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
             "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
             "row_outer": layout.row_outer, "row_inner": layout.row_inner,
-            "smoothing": problem.label_smoothing,
-            "SMOOTH": problem.label_smoothing > 0, "PER_ROW": problem.reduction == "none",
+            "smoothing": problem.label_smoothing, "SMOOTH": problem.label_smoothing > 0,
+            "ENTROPY": "entropy" in problem.stats, "PER_ROW": problem.reduction == "none",
             "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
             "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
             "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,

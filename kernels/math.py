@@ -2,13 +2,19 @@
 
 For a row with logits z and target mass b (one number per class, xent_ext/reference.py says which),
 
-    m = max z,  s = sum exp(z - m),  mass = sum b,  dot = sum b * (z - m)
-    row loss      = mass * log(s) - dot
-    row gradient  = (mass / s) * exp(z - m) - b
+    m = max z,  s = sum exp(z - m),  mass = sum b,  dot = sum b * (z - m),  lse = m + log(s)
+    row loss      = mass * log(s) - dot  (+ z_loss * lse^2)
+    row gradient  = (mass (+ 2 z_loss * lse)) / s * exp(z - m) - b
 
 `dot` is taken relative to m, so that logits with a large common offset lose nothing. Tiles are [ROWS, BLOCK];
 whatever belongs to a row is [ROWS]. The mass b has a *dense* part, one number for each class (probability
 targets, label smoothing), and a *point* part at the class index; either may be absent.
+
+A row's summary is (m, s, mass, dot, spread, total, cross, best), mass and dot those of the dense part; for statistics
+
+    spread = sum exp(z - m) * (z - m),  total = sum q,  cross = sum q * (z - m)
+
+and `best`, which stands for the first class of the largest logit. Those that are not used are compiled away.
 """
 
 import triton
@@ -55,48 +61,108 @@ def point_mass(w, smoothing, SMOOTH: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def softcapped(x, softcap, ACC: tl.constexpr):
+    """softcap * tanh(x / softcap), to full precision near 0, too: from the exponential, and there from the series."""
+    y = x / softcap
+    e = tl.exp(-2.0 * tl.abs(y))
+    far = (1.0 - e) / (1.0 + e)
+    y2 = y * y
+    series = 2.0 / 15.0 + y2 * (-17.0 / 315.0 + y2 * (62.0 / 2835.0 + y2 * (-1382.0 / 155925.0)))
+    near = y + y * y2 * (-1.0 / 3.0 + y2 * series)
+    NEAR: tl.constexpr = 0.25 if ACC.primitive_bitwidth == 32 else 0.02
+    return softcap * tl.where(tl.abs(y) < NEAR, near, tl.where(y < 0, -far, far))
+
+
+@triton.jit
 def dense_dot(b, z, m, inside):
     """sum b * (z - m) over the classes `inside` the row. A b of 0 at a logit of -inf gives NaN, as PyTorch does."""
     return tl.sum(tl.where(inside, b * (z - origin(m)[:, None]), 0.0), 1)
 
 
 @triton.jit
-def point_dot(b, z, m):
-    return b * (z - origin(m))
+def spread_of(e, z, m):
+    """sum e * (z - m), where a class with e = 0 adds 0."""
+    return tl.sum(tl.where(e == 0, 0.0, e * (z - origin(m)[:, None])), 1)
 
 
 @triton.jit
-def merge(m1, s1, mass1, dot1, m2, s2, mass2, dot2):
+def best_of(z, m, c, classes):
+    """Stands for the first class of the largest logit, and of the first NaN if there is one, as torch.argmax has it.
+
+    A class c that holds the maximum is c + classes, one that holds NaN is c: the smallest wins.
+    """
+    return tl.min(tl.where(z != z, c, tl.where(z == m[:, None], c + classes, 2 * classes)), 1)
+
+
+@triton.jit
+def merge(
+    m1, s1, mass1, dot1, spread1, total1, cross1, best1, m2, s2, mass2, dot2, spread2, total2, cross2, best2, classes
+):
     """The summary of two parts of a row. A part whose logits are all -inf has m = -inf and s = 0."""
     m = tl.maximum(m1, m2)
     o = origin(m)
-    s = s1 * tl.exp(m1 - o) + s2 * tl.exp(m2 - o)
-    dot = (dot1 + mass1 * (origin(m1) - o)) + (dot2 + mass2 * (origin(m2) - o))
-    return m, s, mass1 + mass2, dot
+    down1, down2 = origin(m1) - o, origin(m2) - o
+    e1, e2 = tl.exp(m1 - o), tl.exp(m2 - o)
+    s = s1 * e1 + s2 * e2
+    dot = (dot1 + mass1 * down1) + (dot2 + mass2 * down2)
+    spread = e1 * (spread1 + s1 * down1) + e2 * (spread2 + s2 * down2)
+    cross = (cross1 + total1 * down1) + (cross2 + total2 * down2)
+    smallest = tl.minimum(best1, best2)
+    best = tl.where((smallest < classes) | (m1 == m2), smallest, tl.where(m1 > m2, best1, best2))
+    return m, s, mass1 + mass2, dot, spread, total1 + total2, cross, best
 
 
 @triton.jit
-def merge_all(m, s, mass, dot):
+def merge_all(m, s, mass, dot, spread, total, cross, best, classes):
     """The summary of each row from those of its parts, [ROWS, parts]; see `merge`."""
     whole = tl.max(m, 1)
     o = origin(whole)[:, None]
-    s = tl.sum(s * tl.exp(m - o), 1)
-    dot = tl.sum(dot + mass * (origin(m) - o), 1)
-    return whole, s, tl.sum(mass, 1), dot
+    down = origin(m) - o
+    e = tl.exp(m - o)
+    dot = tl.sum(dot + mass * down, 1)
+    spread = tl.sum(e * (spread + s * down), 1)
+    cross = tl.sum(cross + total * down, 1)
+    best = tl.min(tl.where((best < classes) | (m == whole[:, None]), best, 2 * classes), 1)
+    return whole, tl.sum(s * e, 1), tl.sum(mass, 1), dot, spread, tl.sum(total, 1), cross, best
 
 
 @triton.jit
-def row_loss(s, mass, dot):
-    return mass * tl.log(s) - dot
+def row_loss(m, s, mass, dot, z_loss_ptr):
+    loss = mass * tl.log(s) - dot
+    if z_loss_ptr is not None:
+        lse = m + tl.log(s)
+        loss += tl.load(z_loss_ptr) * lse * lse
+    return loss
 
 
 @triton.jit
-def row_factor(s, mass, scale, counted):
-    """What exp(z - m) is multiplied by in the gradient: scale * mass / s, and 0 for ignored rows."""
-    return tl.where(counted, mass * scale / s, 0.0)
+def gradient_mass(m, s, mass, z_loss_ptr):
+    """What p is multiplied by in the gradient of the row loss."""
+    if z_loss_ptr is not None:
+        mass += 2 * tl.load(z_loss_ptr) * (m + tl.log(s))
+    return mass
+
+
+@triton.jit
+def row_factor(s, mass, counted):
+    """What exp(z - m) is multiplied by in the gradient, for a mass that is scaled already; 0 for ignored rows."""
+    return tl.where(counted, mass / s, 0.0)
 
 
 @triton.jit
 def row_gradient(e, factor, b):
     """The gradient of a tile, times a scale that `factor` ([ROWS], `row_factor`) and b ([ROWS, BLOCK]) hold already."""
     return e * factor[:, None] - b
+
+
+@triton.jit
+def entropy(s, spread):
+    """- sum p log p"""
+    return tl.log(s) - spread / s
+
+
+@triton.jit
+def entropy_gradient(e, z, m, s, spread, upstream):
+    """upstream * - p * (log p + entropy), where a class with p = 0 has none."""
+    excess = z - (origin(m) + spread / s)[:, None]
+    return tl.where(e == 0, 0.0, -e * excess * (upstream / s)[:, None])

@@ -11,8 +11,9 @@ from .tile import normalizer, rows_weight
 
 @triton.jit(do_not_specialize=["ignore_index", "rows", "span"])
 def normalizer_parts(
-    target_ptr,
-    weight_ptr,  # None: count rows
+    target_ptr,  # None: probabilities, no row is ignored
+    weight_ptr,  # None: all ones
+    sample_weight_ptr,  # None: all ones
     parts_ptr,
     rows: tl.int64,
     span: tl.int64,  # rows for each program
@@ -27,7 +28,7 @@ def normalizer_parts(
     total = tl.zeros((BLOCK,), ACC)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        total += rows_weight(target_ptr, weight_ptr, row, row < end, ignore_index, classes, ACC)
+        total += rows_weight(target_ptr, weight_ptr, sample_weight_ptr, row, row < end, ignore_index, classes, ACC)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
@@ -37,6 +38,7 @@ def sum_parts(
     normalizer_ptr,  # None: the rows are counted here, or `divisor` is the normaliser
     target_ptr,
     weight_ptr,
+    sample_weight_ptr,
     out_ptr,
     rows: tl.int64,
     ignore_index: tl.int64,
@@ -46,6 +48,7 @@ def sum_parts(
     divisor: tl.float64,
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
+    NOT_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -57,6 +60,7 @@ def sum_parts(
         k = start + tl.arange(0, BLOCK)
         total += tl.load(losses_ptr + k, mask=k < end, other=0.0).to(ACC)
     out = tl.sum(total, 0) / normalizer(
-        normalizer_ptr, divisor, target_ptr, weight_ptr, rows, ignore_index, classes, PARTS, COUNT, ACC
-    )
+        normalizer_ptr, divisor, target_ptr, weight_ptr, sample_weight_ptr, rows, ignore_index, classes, PARTS, COUNT,
+        NOT_ZERO, ACC,
+    )  # fmt: skip
     tl.store(out_ptr + tl.program_id(0), out.to(out_ptr.dtype.element_ty))

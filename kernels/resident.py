@@ -3,22 +3,26 @@
 import triton
 import triton.language as tl
 
-from .math import dense_dot, exponentials, point_dot, row_factor, row_gradient, row_loss
+from .math import exponentials, origin
 from .tile import (
     body_columns,
     class_index,
     index_mass,
     load_at_index,
     load_logits,
+    load_probabilities,
     multiple,
     normalizer,
     program_rows,
     rest_columns,
+    row_factors,
     row_offsets,
     row_scale,
-    scaled_mass,
+    row_weight,
     store_gradient,
-    store_loss,
+    store_results,
+    summarised,
+    tile_gradient,
     tile_mass,
     was_expected,
 )
@@ -30,12 +34,21 @@ def resident(
     target_ptr,  # class indices, or None
     q_ptr,  # class probabilities, or None
     weight_ptr,  # None: all ones
+    sample_weight_ptr,  # None: all ones
+    logit_scale_ptr,  # None: 1
+    softcap_ptr,  # None: no cap
+    z_loss_ptr,  # None: 0
     normalizer_ptr,  # None: the rows are counted here, or `divisor` is the normaliser
     upstream_ptr,
+    stats_upstream_ptr,  # None: no gradient came of a statistic
     expected_ptr,  # the upstream gradient that grad_ptr holds the gradient for already; None: it holds nothing
     seen_ptr,  # where the upstream gradient is noted, for the next step to expect
-    loss_ptr,  # None: no loss wanted
-    grad_ptr,  # None: no gradient wanted
+    loss_ptr,  # None: no results wanted
+    row_losses_ptr,  # None: not wanted; and so those that follow
+    stats_ptr,
+    predicted_ptr,
+    grad_ptr,
+    slope_ptr,
     rows: tl.int64,
     inner,
     classes,
@@ -54,9 +67,11 @@ def resident(
     smoothing: tl.float64,
     divisor: tl.float64,
     SMOOTH: tl.constexpr,
+    ENTROPY: tl.constexpr,  # the entropy, or its gradient, is wanted
     PER_ROW: tl.constexpr,  # losses and upstream gradients are one for each row
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
+    NOT_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,  # 0: the row has no second piece
@@ -79,8 +94,6 @@ def resident(
     g_body = multiple(g_row + skip, EDGE)
     if REST > 0:
         rest_skip, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
-
-    DENSE: tl.constexpr = SMOOTH or q_ptr is not None
     t = None
     if q_ptr is None:
         t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
@@ -88,58 +101,79 @@ def resident(
     else:
         counted = live
         point = tl.zeros((ROWS,), ACC)
+    weight = row_weight(sample_weight_ptr, row, counted, ACC)
 
-    loss = tl.zeros((ROWS,), ACC)
-    g = tl.zeros((ROWS, BLOCK), ACC)
+    # Before the sums over the rows, which all threads wait for: the gradient may take the memory of the logits.
+    z_t = None
+    if q_ptr is None and loss_ptr is not None:
+        z_t = load_at_index(x_ptr, x_row, t, x_class, valid, logit_scale_ptr, softcap_ptr, WIDE, ACC)
+    x, z, mask = load_logits(
+        x_ptr, x_body, column, x_class, live, counted, inside, logit_scale_ptr, softcap_ptr, WIDE, ROW_VEC, ACC
+    )
+    m = tl.max(z, 1)
     if REST > 0:
-        g_rest = tl.zeros((ROWS, REST), ACC)
-    if tl.max(counted.to(tl.int32), 0) > 0:
-        z, mask = load_logits(x_ptr, x_body, column, x_class, live, counted, inside, WIDE, ROW_VEC, ACC)
-        m = tl.max(z, 1)
-        if REST > 0:
-            z_rest, rest_mask = load_logits(x_ptr, x_row, rest, x_class, live, counted, rest_inside, WIDE, ROW_VEC, ACC)
-            m = tl.maximum(m, tl.max(z_rest, 1))
-        e = exponentials(z, m)
-        s = tl.sum(e, 1)
-        if REST > 0:
-            e_rest = exponentials(z_rest, m)
-            s += tl.sum(e_rest, 1)
+        x_rest, z_rest, rest_mask = load_logits(
+            x_ptr, x_row, rest, x_class, live, counted, rest_inside, logit_scale_ptr, softcap_ptr, WIDE, ROW_VEC, ACC
+        )
+        m = tl.maximum(m, tl.max(z_rest, 1))
 
-        mass = point
-        dot = tl.zeros((ROWS,), ACC)
-        b = None
+    PREDICT: tl.constexpr = predicted_ptr is not None
+    e = exponentials(z, m)
+    b = None
+    q = None
+    if q_ptr is not None:
+        q = load_probabilities(q_ptr, q_body, column, q_class, mask, WIDE, ROW_VEC, ACC)
+    if SMOOTH or q_ptr is not None:
+        b = tile_mass(q, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, ACC)
+    s, mass, dot, spread, total, cross, best = summarised(e, z, b, q, m, mask, column, skip, classes, ENTROPY, PREDICT)
+    if REST > 0:
+        e_rest = exponentials(z_rest, m)
         b_rest = None
-        if q_ptr is None:
-            dot = point_dot(point, load_at_index(x_ptr, x_row, t, x_class, valid, WIDE, ACC), m)
-        if DENSE:
-            b = tile_mass(
-                q_ptr, q_body, q_class, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, WIDE, ROW_VEC, ACC
-            )
-            mass += tl.sum(b, 1)
-            dot += dense_dot(b, z, m, mask)
-            if REST > 0:
-                b_rest = tile_mass(
-                    q_ptr, q_row, q_class, weight_ptr, rest, rest_skip, rest_mask, smoothing, classes, SMOOTH, WIDE,
-                    ROW_VEC, ACC,
-                )  # fmt: skip
-                mass += tl.sum(b_rest, 1)
-                dot += dense_dot(b_rest, z_rest, m, rest_mask)
-
-        loss = row_loss(s, mass, dot)
-        if grad_ptr is not None:
-            total = normalizer(
-                normalizer_ptr, divisor, target_ptr, weight_ptr, rows, ignore_index, classes, PARTS, COUNT, ACC
-            )
-            scale = row_scale(upstream_ptr, total, row, counted, PER_ROW, ACC)
-            factor = row_factor(s, mass, scale, counted)
-            t_body = None if t is None else t - skip
-            g = row_gradient(e, factor, scaled_mass(b, t_body, point, column, scale))
-            if REST > 0:
-                g_rest = row_gradient(e_rest, factor, scaled_mass(b_rest, t, point, rest, scale))
+        q_rest = None
+        if q_ptr is not None:
+            q_rest = load_probabilities(q_ptr, q_row, rest, q_class, rest_mask, WIDE, ROW_VEC, ACC)
+        if SMOOTH or q_ptr is not None:
+            b_rest = tile_mass(q_rest, weight_ptr, rest, rest_skip, rest_mask, smoothing, classes, SMOOTH, ACC)
+        s_rest, mass_rest, dot_rest, spread_rest, total_rest, cross_rest, best_rest = summarised(
+            e_rest, z_rest, b_rest, q_rest, m, rest_mask, rest, rest_skip, classes, ENTROPY, PREDICT
+        )
+        s += s_rest
+        mass += mass_rest
+        dot += dot_rest
+        spread += spread_rest
+        total += total_rest
+        cross += cross_rest
+        best = tl.minimum(best, best_rest)
+    mass += point
 
     if loss_ptr is not None:
-        store_loss(loss_ptr, tl.program_id(0), loss, row, live, counted, PER_ROW)
+        if q_ptr is None:
+            dot += point * (z_t - origin(m))
+        store_results(
+            loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tl.program_id(0), rows, row, live, counted,
+            weight, z_t, m, s, mass, dot, spread, total, cross, best, classes, PER_ROW, ENTROPY,
+        )  # fmt: skip
     if grad_ptr is not None:
+        total_weight = normalizer(
+            normalizer_ptr, divisor, target_ptr, weight_ptr, sample_weight_ptr, rows, ignore_index, classes, PARTS,
+            COUNT, NOT_ZERO, ACC,
+        )  # fmt: skip
+        scale = row_scale(upstream_ptr, total_weight, weight, row, counted, PER_ROW, ACC)
+        factor, of_point, of_logprob, of_entropy = row_factors(
+            m, s, mass, total, point, scale, z_loss_ptr, stats_upstream_ptr, rows, row, counted, q_ptr is None
+        )
+        t_body = None if t is None else t - skip
+        g, slope = tile_gradient(
+            x, z, e, b, q, m, s, spread, scale, factor, of_point, of_logprob, of_entropy, t_body, column, mask,
+            logit_scale_ptr, softcap_ptr, stats_upstream_ptr, ENTROPY, slope_ptr is not None,
+        )  # fmt: skip
         store_gradient(grad_ptr, g_body, column, g_class, live, inside, g, WIDE, ROW_VEC)
         if REST > 0:
+            g_rest, slope_rest = tile_gradient(
+                x_rest, z_rest, e_rest, b_rest, q_rest, m, s, spread, scale, factor, of_point, of_logprob, of_entropy,
+                t, rest, rest_mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, ENTROPY, slope_ptr is not None,
+            )  # fmt: skip
             store_gradient(grad_ptr, g_row, rest, g_class, live, rest_inside, g_rest, WIDE, ROW_VEC)
+            slope += slope_rest
+        if slope_ptr is not None:
+            tl.store(slope_ptr + row, tl.where(counted, slope, 0.0), mask=live)

@@ -16,7 +16,21 @@ ROW_VEC the same of rows. One of the two is 1.
 import triton
 import triton.language as tl
 
-from .math import dense_mass, point_mass
+from .math import (
+    best_of,
+    dense_dot,
+    dense_mass,
+    entropy,
+    entropy_gradient,
+    gradient_mass,
+    origin,
+    point_mass,
+    row_factor,
+    row_gradient,
+    row_loss,
+    softcapped,
+    spread_of,
+)
 
 
 @triton.jit
@@ -99,11 +113,36 @@ def tile_pointers(ptr, offset, column, s_class, WIDE: tl.constexpr, ROW_VEC: tl.
 
 
 @triton.jit
-def load_at_index(ptr, offset, t, s_class, valid, WIDE: tl.constexpr, ACC: tl.constexpr):
-    """Logit at the class index t of each row."""
+def transformed(x, logit_scale_ptr, softcap_ptr, ACC: tl.constexpr):
+    """z, of which the loss is the softmax cross entropy."""
+    if logit_scale_ptr is not None:
+        x = x * tl.load(logit_scale_ptr)
+    if softcap_ptr is not None:
+        x = softcapped(x, tl.load(softcap_ptr), ACC)
+    return x
+
+
+@triton.jit
+def through_transform(g, x, z, mask, logit_scale_ptr, softcap_ptr, SLOPE: tl.constexpr):
+    """From the gradient with respect to z to that with respect to x, and each row's slope (see xent_ext.problem)."""
+    if softcap_ptr is not None:
+        y = z / tl.load(softcap_ptr)
+        g = tl.where(mask, g * (1.0 - y * y), 0.0)
+    slope = tl.zeros((g.shape[0],), g.dtype)
+    if SLOPE:
+        slope = tl.sum(tl.where(mask & (g != 0), g * x, 0.0), 1)
+    if logit_scale_ptr is not None:
+        g = g * tl.load(logit_scale_ptr)
+    return g, slope
+
+
+@triton.jit
+def load_at_index(ptr, offset, t, s_class, valid, logit_scale_ptr, softcap_ptr, WIDE: tl.constexpr, ACC: tl.constexpr):
+    """z at the class index t of each row."""
     if WIDE:
         t = t.to(tl.int64)
-    return tl.load(ptr + offset + t * s_class, mask=valid, other=0.0).to(ACC)
+    x = tl.load(ptr + offset + t * s_class, mask=valid, other=0.0).to(ACC)
+    return transformed(x, logit_scale_ptr, softcap_ptr, ACC)
 
 
 @triton.jit
@@ -115,22 +154,28 @@ def load_logits(
     live,
     counted,
     inside,
+    logit_scale_ptr,
+    softcap_ptr,
     WIDE: tl.constexpr,
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Logits as ACC, and the mask of those that count; -inf outside the row and for ignored rows, which are not read.
+    """Logits as ACC, z, and the mask of those that count; -inf outside the row and for ignored rows.
 
-    Where neighbours in memory are rows, one access takes several, and ignored ones can only be blanked.
+    Ignored rows are not read but where neighbours in memory are rows: one access takes several, which are blanked.
     """
     pointers = tile_pointers(ptr, offset, column, s_class, WIDE, ROW_VEC)
     mask = counted[:, None] & inside
     if ROW_VEC == 1:
-        z = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
+        x = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
     else:
-        z = tl.load(pointers, mask=live[:, None] & inside, other=float("-inf")).to(ACC)
-        z = tl.where(mask, z, float("-inf"))
-    return z, mask
+        some = tl.where(tl.max(counted.to(tl.int32), 0) > 0, live, False)
+        x = tl.load(pointers, mask=some[:, None] & inside, other=float("-inf")).to(ACC)
+        x = tl.where(mask, x, float("-inf"))
+    z = x
+    if logit_scale_ptr is not None or softcap_ptr is not None:
+        z = tl.where(mask, transformed(x, logit_scale_ptr, softcap_ptr, ACC), float("-inf"))
+    return x, z, mask
 
 
 @triton.jit
@@ -156,45 +201,39 @@ def index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH: tl.constexpr, A
 
 
 @triton.jit
-def tile_mass(
-    q_ptr,
-    q_offset,
-    q_class,
-    weight_ptr,
-    column,
-    skip,
-    mask,
-    smoothing,
-    classes,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROW_VEC: tl.constexpr,
-    ACC: tl.constexpr,
+def load_probabilities(
+    q_ptr, offset, column, q_class, mask, WIDE: tl.constexpr, ROW_VEC: tl.constexpr, ACC: tl.constexpr
 ):
-    """Dense target mass of the classes skip + column, [ROWS, BLOCK], 0 outside `mask`."""
+    """Probabilities of the columns, [ROWS, BLOCK], 0 outside `mask`."""
+    return tl.load(tile_pointers(q_ptr, offset, column, q_class, WIDE, ROW_VEC), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def tile_mass(q, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH: tl.constexpr, ACC: tl.constexpr):
+    """Dense target mass of the classes skip + column, [ROWS, BLOCK], 0 outside `mask`; q is None for class indices."""
     w = tl.where(mask, 1.0, 0.0).to(ACC)
     if weight_ptr is not None:
         w = tl.load(weight_ptr + skip[:, None] + column, mask=mask, other=0.0).to(ACC)
-    q = None
-    if q_ptr is not None:
-        q = tl.load(tile_pointers(q_ptr, q_offset, column, q_class, WIDE, ROW_VEC), mask=mask, other=0.0).to(ACC)
     return tl.where(mask, dense_mass(w, q, smoothing, classes, SMOOTH, ACC), 0.0)
 
 
 @triton.jit
-def scaled_mass(b, t, point, column, scale):
-    """scale * (target mass of the columns), [ROWS, BLOCK].
-
-    b is its dense part, t the column that the point mass stands at; either may be None.
-    """
-    if t is None:
-        return b * scale[:, None]
-    else:
-        at_index = tl.where(column == t[:, None], (point * scale)[:, None], 0.0)
-        if b is None:
-            return at_index
-        else:
-            return b * scale[:, None] + at_index
+def summarised(e, z, b, q, m, mask, column, skip, classes, ENTROPY: tl.constexpr, PREDICT: tl.constexpr):
+    """What a tile adds to its rows' summaries, which are relative to m (see math.py)."""
+    mass = tl.zeros(m.shape, m.dtype)
+    dot, spread, total, cross = mass, mass, mass, mass
+    best = tl.zeros(m.shape, tl.int32)
+    if b is not None:
+        mass = tl.sum(b, 1)
+        dot = dense_dot(b, z, m, mask)
+    if ENTROPY:
+        spread = spread_of(e, z, m)
+    if q is not None:
+        total = tl.sum(q, 1)
+        cross = dense_dot(q, z, m, mask)
+    if PREDICT:
+        best = best_of(z, m, skip[:, None] + column, classes)
+    return tl.sum(e, 1), mass, dot, spread, total, cross, best
 
 
 @triton.jit
@@ -207,14 +246,21 @@ def store_gradient(ptr, offset, column, s_class, live, inside, gradient, WIDE: t
 
 
 @triton.jit
-def rows_weight(target_ptr, weight_ptr, row, mask, ignore_index, classes, ACC: tl.constexpr):
-    """What each row counts for in a mean: 1 or its target's weight; 0 if it is ignored or its target is no class."""
-    t = tl.load(target_ptr + row, mask=mask, other=-1).to(tl.int64)
-    valid = mask & (t != ignore_index) & (t >= 0) & (t < classes)
-    if weight_ptr is None:
-        return valid.to(ACC)
-    else:
-        return tl.load(weight_ptr + t, mask=valid, other=0.0).to(ACC)
+def rows_weight(target_ptr, weight_ptr, sample_weight_ptr, row, mask, ignore_index, classes, ACC: tl.constexpr):
+    """What each row counts for in a mean: 1 or its target's weight, times its sample weight.
+
+    0 if it is ignored or its target is no class. `target_ptr` is None for probabilities.
+    """
+    w = mask.to(ACC)
+    if target_ptr is not None:
+        t = tl.load(target_ptr + row, mask=mask, other=-1).to(tl.int64)
+        mask = mask & (t != ignore_index) & (t >= 0) & (t < classes)
+        w = mask.to(ACC)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + t, mask=mask, other=0.0).to(ACC)
+    if sample_weight_ptr is not None:
+        w *= tl.load(sample_weight_ptr + row, mask=mask, other=0.0)
+    return w
 
 
 @triton.jit
@@ -223,22 +269,28 @@ def normalizer(
     divisor,
     target_ptr,
     weight_ptr,
+    sample_weight_ptr,
     rows,
     ignore_index,
     classes,
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
+    NOT_ZERO: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """What the mean divides by: the sum of PARTS partial sums, or of the weights of at most COUNT rows, which are
-    added up here, or `divisor` where the host knows it."""
+    added up here, or `divisor` where the host knows it. Infinity in place of 0 if NOT_ZERO."""
     if normalizer_ptr is not None:
-        return tl.sum(tl.load(normalizer_ptr + tl.arange(0, PARTS)), 0)
+        total = tl.sum(tl.load(normalizer_ptr + tl.arange(0, PARTS)), 0)
     elif COUNT > 0:
         row = tl.arange(0, COUNT)
-        return tl.sum(rows_weight(target_ptr, weight_ptr, row, row < rows, ignore_index, classes, ACC), 0)
+        weights = rows_weight(target_ptr, weight_ptr, sample_weight_ptr, row, row < rows, ignore_index, classes, ACC)
+        total = tl.sum(weights, 0)
     else:
-        return tl.full((), divisor, ACC)
+        total = tl.full((), divisor, ACC)
+    if NOT_ZERO:
+        total = tl.where(total == 0, float("inf"), total)
+    return total
 
 
 @triton.jit
@@ -251,20 +303,149 @@ def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_scale(upstream_ptr, normalizer, row, counted, PER_ROW: tl.constexpr, ACC: tl.constexpr):
-    """Upstream gradient over the normaliser, one number for each row; 0 if it is ignored."""
+def row_weight(sample_weight_ptr, row, counted, ACC: tl.constexpr):
+    """The factor of each row's loss; 0 if it is ignored."""
+    if sample_weight_ptr is None:
+        return tl.where(counted, 1.0, 0.0).to(ACC)
+    else:
+        return tl.load(sample_weight_ptr + row, mask=counted, other=0.0)
+
+
+@triton.jit
+def row_scale(upstream_ptr, normalizer, weight, row, counted, PER_ROW: tl.constexpr, ACC: tl.constexpr):
+    """Upstream gradient times the row's weight over the normaliser, one number for each row; 0 if it is ignored."""
     if PER_ROW:
         scale = tl.load(upstream_ptr + row, mask=counted, other=0.0).to(ACC)
     else:
         scale = tl.full(row.shape, 1.0, ACC) * tl.load(upstream_ptr).to(ACC)
-    return tl.where(counted, scale / normalizer, 0.0)
+    return tl.where(counted, scale * weight / normalizer, 0.0)
 
 
 @triton.jit
-def store_loss(loss_ptr, tile, loss, row, live, counted, PER_ROW: tl.constexpr):
-    """One loss for each row, or the sum over the rows of the tile; 0 for ignored rows."""
-    loss = tl.where(counted, loss, 0.0)
+def row_factors(
+    m,
+    s,
+    mass,
+    total,
+    point,
+    scale,
+    z_loss_ptr,
+    stats_upstream_ptr,
+    rows,
+    row,
+    counted,
+    POINT: tl.constexpr,  # the target is a class index
+):
+    """What `tile_gradient` multiplies by: exp(z - m), [c == t], q, the entropy's gradient; one number for each row."""
+    mass = scale * gradient_mass(m, s, mass, z_loss_ptr)
+    point = point * scale
+    logprob = tl.zeros(m.shape, m.dtype)
+    of_entropy = logprob
+    if stats_upstream_ptr is not None:
+        # [3, rows]: the upstream gradients of logprob, lse and entropy.
+        logprob = tl.load(stats_upstream_ptr + row, mask=counted, other=0.0)
+        mass += tl.load(stats_upstream_ptr + rows + row, mask=counted, other=0.0)
+        of_entropy = tl.load(stats_upstream_ptr + 2 * rows + row, mask=counted, other=0.0)
+        if POINT:
+            mass -= logprob
+            point -= logprob
+        else:
+            mass -= logprob * total
+    return row_factor(s, mass, counted), point, logprob, of_entropy
+
+
+@triton.jit
+def tile_gradient(
+    x,
+    z,
+    e,
+    b,
+    q,
+    m,
+    s,
+    spread,
+    scale,
+    factor,
+    point,
+    of_logprob,
+    of_entropy,
+    t,
+    column,
+    mask,
+    logit_scale_ptr,
+    softcap_ptr,
+    stats_upstream_ptr,
+    ENTROPY: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Gradient of a tile, [ROWS, BLOCK], and the slope that it adds to its rows.
+
+    b, the dense mass, q and t, the column that the point mass stands at, may be None.
+    """
+    taken = tl.zeros((1, 1), m.dtype)
+    if t is not None:
+        taken = tl.where(column == t[:, None], point[:, None], 0.0)
+    if b is not None:
+        taken += b * scale[:, None]
+    if stats_upstream_ptr is not None:
+        if q is not None:
+            taken -= q * of_logprob[:, None]
+    g = row_gradient(e, factor, taken)
+    if stats_upstream_ptr is not None:
+        if ENTROPY:
+            g += entropy_gradient(e, z, m, s, spread, of_entropy)
+    return through_transform(g, x, z, mask, logit_scale_ptr, softcap_ptr, SLOPE)
+
+
+@triton.jit
+def store_results(
+    loss_ptr,
+    row_losses_ptr,
+    stats_ptr,
+    predicted_ptr,
+    z_loss_ptr,
+    tile,
+    rows,
+    row,
+    live,
+    counted,
+    weight,
+    z_t,
+    m,
+    s,
+    mass,
+    dot,
+    spread,
+    total,
+    cross,
+    best,
+    classes,
+    PER_ROW: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """What is wanted of a row's summary; 0 for ignored rows, and a predicted class of -1.
+
+    The loss is one for each row, or the sum over the rows of the tile. `z_t` is z at the class index; None for
+    probabilities.
+    """
+    loss = tl.where(counted, row_loss(m, s, mass, dot, z_loss_ptr), 0.0)
+    if row_losses_ptr is not None:
+        tl.store(row_losses_ptr + row, loss, mask=live)
+    loss = tl.where(counted, loss * weight, 0.0)
     if PER_ROW:
         tl.store(loss_ptr + row, loss, mask=live)
     else:
         tl.store(loss_ptr + tile, tl.sum(loss, 0))
+    if stats_ptr is not None:
+        # [4, rows]: logprob, lse, entropy, max_prob.
+        if z_t is None:  # noqa: SIM108 (a conditional expression would compile both)
+            logprob = cross - total * tl.log(s)
+        else:
+            logprob = z_t - origin(m) - tl.log(s)
+        tl.store(stats_ptr + row, tl.where(counted, logprob, 0.0), mask=live)
+        tl.store(stats_ptr + rows + row, tl.where(counted, m + tl.log(s), 0.0), mask=live)
+        if ENTROPY:
+            tl.store(stats_ptr + 2 * rows + row, tl.where(counted, entropy(s, spread), 0.0), mask=live)
+        tl.store(stats_ptr + 3 * rows + row, tl.where(counted, 1 / s, 0.0), mask=live)
+    if predicted_ptr is not None:
+        tl.store(predicted_ptr + row, tl.where(counted, best % classes, -1).to(tl.int64), mask=live)

@@ -42,7 +42,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 @functools.cache
 def implementation(name):
     """The module that implements `forward` and `backward`; Triton is imported when a call first needs it."""
-    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels_without_options"}[name])
+    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels.launch"}[name])
 
 
 @functools.cache
@@ -84,8 +84,6 @@ def supported_route(tensors, with_options):
     if input.is_cuda or BACKEND == "triton":
         if not has_triton():
             return "torch", "Triton is not installed"
-        if with_options:
-            return "torch", "the kernels do not have the options for training yet"
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
