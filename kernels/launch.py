@@ -470,26 +470,37 @@ class Call:
 
     def arguments(self, plan, memory, slope, normalizer, upstream):
         """What the schedules' kernels have in common."""
-        problem, layout = self.problem, self.layout
-        x, g, q = layout.strides
-        class_vec, row_vec = vectors(layout, self.x.element_size())
+        problem = self.problem
         scale = self.tensors.logit_scale
         if scale is None and problem.logit_scale != 1:
             scale = self.option(problem.logit_scale)
         return {
-            **self.counted(), **self.divided(normalizer),
+            **self.counted(), **self.divided(normalizer), **numbers(problem, self.layout, plan, self.x.element_size()),
             "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream,
             "logit_scale_ptr": scale, "softcap_ptr": self.option(problem.softcap),
             "z_loss_ptr": self.option(problem.z_loss or None),
             "grad_ptr": None if memory is None else visible(problem, memory), "slope_ptr": slope,
-            "inner": layout.inner,
-            "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
-            "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
-            "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
-            "row_outer": layout.row_outer, "row_inner": layout.row_inner,
-            "smoothing": problem.label_smoothing, "SMOOTH": problem.label_smoothing > 0,
-            "ENTROPY": "entropy" in problem.stats, "PER_ROW": problem.reduction == "none",
-            "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
-            "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
-            "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
         }  # fmt: skip
+
+
+# Calls of the same shapes and options have the same numbers, and look them up.
+planned = functools.lru_cache(maxsize=1024)(plan)
+
+
+@functools.lru_cache(maxsize=1024)
+def numbers(problem, layout, plan, itemsize):
+    """Those of a kernel's arguments that are no tensors."""
+    x, g, q = layout.strides
+    class_vec, row_vec = vectors(layout, itemsize)
+    return {
+        "inner": layout.inner,
+        "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
+        "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
+        "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
+        "row_outer": layout.row_outer, "row_inner": layout.row_inner,
+        "smoothing": problem.label_smoothing, "SMOOTH": problem.label_smoothing > 0,
+        "ENTROPY": "entropy" in problem.stats, "PER_ROW": problem.reduction == "none",
+        "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
+        "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
+        "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
+    }  # fmt: skip

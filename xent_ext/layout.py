@@ -1,5 +1,6 @@
 """How tensors of any shape that the loss takes are seen by the implementations: as (outer, inner, class)."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Layout:
         return self.outer * self.inner
 
 
+@functools.lru_cache(maxsize=1024)
 def layout(shape, *strides):
     """See tensors of shape (C), (N, C) or (N, C, d1, ...) as (outer, inner, class), or return None.
 
