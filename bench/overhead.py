@@ -5,8 +5,8 @@ where work is only queued. Everything else is as in `python -m bench run`: fresh
 float64 before the timing, medians and quartiles.
 
 A GPU's path costs the same Python without one: `xent_ext, launches stubbed` is xent_ext with tensors on the CPU, its
-Triton path chosen, and each launch of a kernel replaced by a function that does nothing. Triton's own part of a
-launch is not in it, and no result is computed that could be checked.
+Triton path chosen, and each launch of a kernel replaced by a function that does nothing, timed after the others.
+Triton's own part of a launch is not in it, and no result is computed that could be checked.
 """
 
 import contextlib

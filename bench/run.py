@@ -45,7 +45,7 @@ from .run_report import text
 from .shapes import SUITES, chosen
 from .workers import fresh_process, in_fresh_process
 
-ROUNDS = 10  # turns of each implementation
+ROUNDS = 6  # turns of each implementation
 MOST_SETS = 16
 DTYPES = ("float32", "bfloat16", "float16")
 # A case is left out where one call would take longer than this many seconds, which only CPUs do. PyTorch's own moves
