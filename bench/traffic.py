@@ -35,6 +35,7 @@ SHAPES = {
     "points": (65536, 10),
     "a segmenter": (8, 19, 256, 256),
     "few rows": (16, 1000),
+    "few long rows": (4, 262144),
 }
 PLANNED = ("bfloat16", "float32")
 ROW_BYTES, CALL_BYTES = 16, 64 << 10  # what the model may miss

@@ -97,7 +97,7 @@ def test_plans_name_every_schedule_of_every_target():
     command = "import json; from bench import traffic; print(json.dumps(traffic.planned()))"
     rows = json.loads(run_python("-c", command).stdout)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {"resident", "streaming"} <= {row["schedule"] for row in rows}
+    assert {"resident", "streaming", "split"} <= {row["schedule"] for row in rows}
     assert all(row["bytes_read"] >= row["logits_bytes"] <= row["peak_bytes"] for row in rows)
 
 
