@@ -143,6 +143,7 @@ def too_large(case: Case, peers, cache: int, copy: float, free: int) -> str | No
 
 def memory_needed(case: Case, peers, cache: int) -> int:
     """Bytes, roughly: five tensors in float64 for the check or, while peers are timed, their inputs and theirs."""
+    peers = [name for name in peers if PEERS[name].refusal(case) is None]
     wide = 4 * case.logits_bytes // case.itemsize
     check = 5 * 2 * wide
     sets = rotating_sets(case, cache) * case.logits_bytes

@@ -80,12 +80,28 @@ def timing(peer: dict) -> str:
 
 
 def notes(result: dict) -> list[str]:
-    """What was wrong or absent and why, and what was not measured."""
+    """What was wrong or absent and why, what was not measured, what varied."""
     return [
         "\n".join(wrong(result["rows"])),
         "\n".join(absent(result["rows"])),
         "\n".join(left_out(case) for case in result["left_out"]),
+        noise(result["rows"]),
     ]
+
+
+WIDE = 0.25  # of the median, between the quartiles
+
+
+def noise(rows: list[dict]) -> str:
+    """Says so where single calls took very different times."""
+    timed = [peer for row in rows for peer in row["peers"].values() if "median_ms" in peer]
+    wide = sum(peer["quartiles_ms"][1] - peer["quartiles_ms"][0] > WIDE * peer["median_ms"] for peer in timed)
+    if not wide:
+        return ""
+    return (
+        f"{wide} of {len(timed)} medians have quartiles that are more than {WIDE:.0%} of them apart: read those as "
+        "sizes, or measure again while the machine does nothing else."
+    )
 
 
 def wrong(rows: list[dict]):
@@ -135,14 +151,16 @@ def plot_ratios(axes, key: tuple[str, str], rows: list[dict]):
     names = [f"{size(row)}, upstream {row['upstream']:g}" for row in rows]
     places = range(len(rows))
     colors = ["tab:green" if row["ratio"] >= 1 else "tab:red" for row in rows]
-    bars = axes.barh(places, [row["ratio"] for row in rows], color=colors)
+    bars = axes.barh(places, [row["ratio"] - 1 for row in rows], left=1, color=colors)
     labels = [f"{ratio_text(row)} of {row['best_baseline']}" for row in rows]
     axes.bar_label(bars, labels, padding=3, fontsize=7)
-    axes.margins(x=0.35)  # room for the labels
+    axes.margins(x=0.4)  # room for the labels
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(places, names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.set(title=" ".join(key), xlabel="times as fast (the best baseline's median over ours)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
 
 
 def plot_shares(axes, rows: list[dict]):

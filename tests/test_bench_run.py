@@ -326,3 +326,14 @@ def test_page_needs_no_network(tmp_path):
 def test_summary_is_median_and_quartiles():
     times = [5.0, 1.0, 2.0, 4.0, 3.0]
     assert run.summarize(times) == {"median_ms": statistics.median(times), "quartiles_ms": [2.0, 4.0], "calls": 5}
+
+
+@pytest.mark.parametrize(("quartiles", "said"), [([0.9, 1.1], False), ([0.9, 1.2], True)])
+def test_noise_is_said(quartiles, said):
+    rows = [{"peers": {"a": {"median_ms": 1.0, "quartiles_ms": quartiles}, "b": {"status": "absent"}}}]
+    assert ("1 of 1 medians" in run_report.noise(rows)) == said
+
+
+def test_absent_peers_need_no_memory():
+    needed = [run.memory_needed(make_case(), names, 1 << 20) for names in (["xent_ext"], ["xent_ext", "quack"])]
+    assert needed[0] == needed[1]
