@@ -1,6 +1,15 @@
-"""Measurements of xent_ext beside PyTorch's own loss: `python -m bench --help` lists them.
+"""Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
-Needs the `bench` extra: `pip install -e ".[bench]"`.
+    __main__       the command line: a command is a module of this package
+    run, memory, traffic, overhead, train, kernels, plot, compare: the commands; *_report: what their results look like
+    peers/, peer   who is compared, and what an adapter says of an implementation
+    shapes, tasks  what is measured: logits, and models to train
+    case, workers  the calls themselves, and the processes they run in
+    machine        the machine, its clock and its memory
+    report         tables, JSON, and the page of a folder's results
+    offline, assembly: compiling for a GPU that need not be there
+
+Most commands need the `bench` extra: `pip install -e ".[bench]"`.
 """
 
 import os

@@ -1,29 +1,50 @@
 """The command line: `python -m bench COMMAND`, one module of this package for each command."""
 
 import argparse
+import importlib
 import sys
 
-from . import kernels, run, train
-
-# A command is a module with a docstring (its help), add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"run": run, "train": train, "kernels": kernels}
+# A command is a module with a docstring (its help), add_arguments(parser) and run(args) -> exit status. It is imported
+# when it is called: some need packages that others do without.
+COMMANDS = {
+    "run": "time the loss beside the other implementations that are found here",
+    "memory": "measure the peak memory of each implementation",
+    "traffic": "what each implementation must move and hold, by a model that is checked against what it allocates",
+    "overhead": "what a call costs the CPU, whatever the size of the logits",
+    "train": "train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss",
+    "plot": "draw the plots of a folder's results again, and its page",
+    "compare": "compare two results, with an exit status for what became slower",
+    "kernels": "compile every variant of the kernels, without a GPU",
+}
+# Without a command: what takes about two minutes.
+SUMMARY = ["run", "--suite", "summary", "--seconds", "4"]
+EXTRA = ("tqdm", "matplotlib", "numpy", "sklearn")  # what the extra `bench` installs
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure xent_ext beside PyTorch.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        summary = module.__doc__.partition("\n")[0]
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    return args.run(args)
+    argv = (sys.argv[1:] if argv is None else argv) or SUMMARY
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure xent_ext beside PyTorch and others. Without a command: a summary of two minutes.",
+        epilog="\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of these; COMMAND --help says more:")
+    name = parser.parse_args(argv[:1]).command
+    try:
+        module = importlib.import_module(f"{__package__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        print(f'python -m bench {name} needs {error.name}: pip install -e ".[bench]"', file=sys.stderr)
+        return 1
+    command = argparse.ArgumentParser(
+        prog=f"python -m bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(command)
+    return module.run(command.parse_args(argv[1:]))
 
 
 if __name__ == "__main__":

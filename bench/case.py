@@ -1,70 +1,57 @@
-"""One case of `python -m bench run`: what is called, how its results are checked, how its calls are timed.
+"""One case of the measurements: its inputs, the check of what a peer returns, its memory, the timing of its calls.
 
-All that touches tensors is here, and runs in processes that do nothing else; `bench.run` tells them what to do.
+All that touches tensors is here, and runs in processes that do nothing else (see bench/workers.py).
 """
 
+import functools
 import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import machine
-from .peers import PEERS
+from .peer import Case
+from .peers import OURS, PEERS
 
 LOGIT_SCALE = 3.0  # standard deviation: the largest of 32,000 logits is then 12 above the mean, as in a trained model
 
 
 class Pass(NamedTuple):
-    """What one timed call does. The upstream factors are those of the gradient that the loss receives."""
+    """What a call does and which part of it is timed: `first` to `last` of the marks before and after its halves."""
 
-    work: Callable
-    reads_and_writes: int  # of all the logits, at least
-    factors: tuple[float, ...] = (1.0,)
-
-
-def full(function, logits, target, factor):
-    loss = function(logits, target)
-    # As in a training loop, which scales the loss only where there is something to scale by.
-    (loss if factor == 1 else loss * factor).backward()
-    return loss
+    first: int
+    last: int
+    reads_and_writes: int | None  # of all the logits, at least; None where an implementation may move nothing
+    gradient: bool = True
+    backward: bool = True
+    factors: tuple[float, ...] = (1.0,)  # what the loss is scaled by, and so the upstream gradient that it receives
 
 
-def forward(function, logits, target, factor):
-    return function(logits, target)
+PASSES = {
+    "full": Pass(0, 2, 2, factors=(1.0, 0.5)),
+    "fwd": Pass(0, 1, 1, backward=False),
+    # What made the gradient in the forward pass has nothing left to do.
+    "bwd": Pass(1, 2, None, factors=(1.0, 0.5)),
+    "nograd": Pass(0, 1, 1, gradient=False, backward=False),
+}
 
 
-def no_grad(function, logits, target, factor):
-    with torch.no_grad():
-        return function(logits, target)
-
-
-PASSES = {"full": Pass(full, 2, (1.0, 0.5)), "fwd": Pass(forward, 1), "nograd": Pass(no_grad, 1)}
-
-
-@dataclass(frozen=True)
-class Case:
-    suite: str
-    what: str
-    shape: tuple[int, ...]
-    dtype: str
-    mode: str  # one of PASSES
-    device: str
-
-    @property
-    def logits_bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
-
-    @property
-    def least_bytes(self) -> int:
-        """What any implementation must move: logits once, gradient once. Targets are not counted."""
-        return PASSES[self.mode].reads_and_writes * self.logits_bytes
+def step(mode: str, function, logits, target, factor: float, mark=lambda: None):
+    """Loss, gradient (or None) and three marks, made before, between and after the two halves of a training step."""
+    todo = PASSES[mode]
+    with torch.set_grad_enabled(todo.gradient):
+        marks = [mark()]
+        loss, gradient = function(logits, target), None
+        marks.append(mark())
+        if todo.backward:
+            # As in a training loop, which scales the loss only where there is something to scale by. Not
+            # loss.backward(): to store a gradient in .grad may copy it, which logits made by a model are spared.
+            (gradient,) = torch.autograd.grad(loss if factor == 1 else loss * factor, logits)
+        marks.append(mark())
+    return loss, gradient, marks
 
 
 def inputs(case: Case, sets: int):
@@ -75,7 +62,20 @@ def inputs(case: Case, sets: int):
     for _ in range(sets):
         logits = torch.empty(case.shape, dtype=dtype, device=case.device).normal_(std=LOGIT_SCALE, generator=generator)
         target = torch.randint(classes, (batch, *rest), device=case.device, generator=generator)
-        yield logits.requires_grad_(), target
+        yield logits.requires_grad_(PASSES[case.mode].gradient), target
+
+
+def load(case: Case, name: str):
+    """The peer's function, or an error that says why it does not take the case."""
+    if reason := PEERS[name].refusal(case):
+        raise NotImplementedError(reason)
+    return PEERS[name].load()
+
+
+def absence(error: Exception) -> dict:
+    """What is shown in the place of a peer that something stopped: a missing package, too little memory, a bug."""
+    reason = f"{error}" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
+    return {"status": "absent", "reason": reason.strip().partition("\n")[0]}
 
 
 # The check
@@ -89,24 +89,38 @@ def check(case: Case, names: list[str]) -> dict[str, dict]:
 
 
 def check_peer(case: Case, name: str, logits, target, truth) -> dict:
-    worst, peaks = {}, []
+    worst = {}
     try:
-        function = PEERS[name].load()
+        function = load(case, name)
+        peak = peak_bytes(case, name, function, own(name, logits), target)
         for factor in PASSES[case.mode].factors:
-            logits.grad = None
-            work = partial(PASSES[case.mode].work, function, logits, target, factor)
-            loss, peak = machine.peak_memory(work, logits.device)
-            peaks.append(peak)
-            for what, error in truth.errors(loss, logits.grad, factor).items():
+            loss, gradient, _ = step(case.mode, function, own(name, logits), target, factor)
+            for what, error in truth.errors(loss, gradient, factor).items():
                 worst[what] = max(error, worst.get(what, error))
+            del loss, gradient
     except Exception as error:
-        # Whatever stops a peer is shown in its place: a missing package or compiler, too little memory, a bug.
-        return {"status": "absent", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        return absence(error)
     # At least one error is over what is allowed; written so that NaN is, too.
     wrong = not all(error <= truth.allowed[what] for what, error in worst.items())
     found = {"status": "wrong" if wrong else "right", "errors": worst, "allowed": truth.allowed}
-    # The first call's: buffers that an implementation keeps for later calls are counted.
-    return found | {"peak_bytes": peaks[0]}
+    return found | {"peak_bytes": peak}
+
+
+def own(name: str, logits):
+    """The logits, or a copy of them where the peer writes over them."""
+    return logits.detach().clone().requires_grad_(logits.requires_grad) if PEERS[name].writes_logits else logits
+
+
+def peak_bytes(case: Case, name: str, function, logits, target) -> int:
+    """The most memory that a call holds, beyond its arguments.
+
+    That is the first call, so that buffers which xent_ext keeps for later calls are counted; but for the others the
+    second, so that compiling and tuning are not.
+    """
+    work = functools.partial(step, case.mode, function, logits, target, PASSES[case.mode].factors[0])
+    if name != OURS:
+        work()
+    return machine.peak_memory(work, logits.device)[1]
 
 
 class Truth:
@@ -151,40 +165,63 @@ def relative(difference, truth, summary) -> float:
 
 # The timing
 
+MOST_QUEUED = 32  # calls that a GPU may be behind: else the time that a block takes is not known
+
 
 class Timed:
-    """A peer with its inputs, ready to be called."""
+    """A function of (logits, target) with its inputs, ready to be called."""
 
-    def __init__(self, case: Case, name: str, sets: int):
-        self.work = partial(PASSES[case.mode].work, PEERS[name].load())
-        self.clock = machine.Clock(torch.device(case.device))
-        self.inputs = itertools.cycle(list(inputs(case, sets)))
+    def __init__(self, case: Case, name: str, function, sets: int, on_host=False):
+        self.case, self.name, self.function = case, name, function
+        self.clock = machine.Clock(torch.device(case.device), on_host)
+        self.inputs = itertools.cycle([self.prepared(*pair) for pair in shared_inputs(case, sets)])
+
+    def prepared(self, logits, target):
+        """What a call gets, and the logits to start it from."""
+        return own(self.name, logits), target, logits
 
     def calls(self, factor: float, seconds: float) -> list[float]:
         """Call for so long, but at least once; milliseconds of each call."""
-        marks = []
+        todo = PASSES[self.case.mode]
+        times = []
         end = time.perf_counter() + seconds
-        while not marks or time.perf_counter() < end:
-            logits, target = next(self.inputs)
-            start = self.clock.mark()
-            self.work(logits, target, factor)
-            logits.grad = None  # freed as in a training step, which is a part of what an allocation costs
-            marks.append((start, self.clock.mark()))
+        while not times or time.perf_counter() < end:
+            logits, target, fresh = next(self.inputs)
+            times.append(self.call(todo, logits, target, factor))
+            if logits is not fresh:
+                with torch.no_grad():
+                    logits.copy_(fresh)
+            if len(times) % MOST_QUEUED == 0:
+                self.clock.wait()
         self.clock.wait()
-        return [self.clock.milliseconds(*pair) for pair in marks]
+        return [self.clock.milliseconds(*pair) for pair in times]
+
+    def call(self, todo: Pass, logits, target, factor: float) -> tuple:
+        """The first and the last mark of one call."""
+        loss, gradient, marks = step(self.case.mode, self.function, logits, target, factor, self.clock.mark)
+        # Freed as in a training step, which is a part of what an allocation costs.
+        del loss, gradient
+        if todo.last == 2:
+            marks[2] = self.clock.mark()
+        return marks[todo.first], marks[todo.last]
+
+
+@functools.lru_cache(maxsize=1)
+def shared_inputs(case: Case, sets: int) -> list:
+    return list(inputs(case, sets))
 
 
 _timed: dict[str, Timed] = {}  # what this process keeps between its blocks of calls
 
 
-def prepare(case: Case, name: str, sets: int):
-    timed = _timed[name] = Timed(case, name, sets)
+def prepare(case: Case, name: str, sets: int, on_host=False):
+    timed = _timed[name] = Timed(case, name, load(case, name), sets, on_host)
     for factor in PASSES[case.mode].factors:
         timed.calls(factor, 0)
 
 
 def block(name: str, factor: float, seconds: float) -> list[float]:
-    """Milliseconds of each call of a block, after some to warm up: another process ran in between."""
+    """Milliseconds of each call of a block, after some to warm up: another peer ran in between."""
     _timed[name].calls(factor, seconds / 10)
     return _timed[name].calls(factor, seconds)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from importlib import metadata
@@ -28,6 +29,7 @@ def describe() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _nvidia_smi("driver_version"),
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,24 +38,31 @@ def describe() -> dict:
     }
 
 
+def clocks() -> dict:
+    """Clock rates as they are found, in MHz: none is set, as a user sets none."""
+    return {"cpu": _cpu_mhz(), "gpu": _nvidia_smi("clocks.sm,clocks.mem"), "gpu limits": _nvidia_smi("clocks.max.sm")}
+
+
 def one_line(machine: dict) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "triton", "xent_ext"))
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    return f"{cpu}; GPU: {machine['gpu'] or 'none'}; {machine['os']}; {versions}"
+    gpu = f"{machine['gpu']}, driver {machine['driver']}" if machine["gpu"] else "none"
+    return f"{cpu}; GPU: {gpu}; {machine['os']}; {versions}"
 
 
 class Clock:
-    """Marks points in time on a device: CUDA events on a GPU, the wall clock elsewhere.
+    """Marks points in time on a device: CUDA events on a GPU, the wall clock elsewhere and, if asked for, there too.
 
     Events are read only after `wait`, so that timing never stalls the queue of launches.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, on_host=False):
         self.device = device
         self.on_gpu = device.type == "cuda"
+        self.by_events = self.on_gpu and not on_host
 
     def mark(self):
-        if not self.on_gpu:
+        if not self.by_events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -64,7 +73,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, start, end) -> float:
-        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+        return start.elapsed_time(end) if self.by_events else 1e3 * (end - start)
 
 
 MEMORY_METHOD = {
@@ -124,12 +133,29 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cpu_model() -> str:
+    return next(iter(_cpuinfo("model name")), platform.processor() or platform.machine())
+
+
+def _cpu_mhz() -> list[float]:
+    return [float(value) for value in _cpuinfo("cpu MHz")]
+
+
+def _cpuinfo(key: str) -> list[str]:
+    """The values of a key, one for each processor; none where the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """What NVIDIA's tool answers for the first GPU, or None where there is no such tool or GPU."""
+    if not torch.cuda.is_available():
+        return None
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:

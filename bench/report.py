@@ -1,73 +1,41 @@
-"""What a training run says at its end: tables, a plot, a JSON file."""
+"""What a command leaves behind: tables, a JSON file, a plot of it, and one page with all of a folder's results.
 
+The results of a command NAME say so, and how they look is in NAME_report.py, by `text(result)` and `figure(result)`.
+"""
+
+import base64
+import html
+import importlib
 import json
+import os
+import textwrap
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from . import machine
 
-from .machine import one_line
-
-CURVE_ROWS = 11
+OUT = Path("xent_ext_bench")
 
 
-def text(result: dict) -> str:
-    head = (
-        f"\nTask {result['task']}: {result['description']}\n"
-        f"{result['parameters']:,} parameters, logits {tuple(result['logits'])}, {result['steps']} steps, "
-        f"seed {result['seed']}, on {result['device']}\n"
-        f"Machine: {one_line(result['machine'])}"
-    )
-    return "\n\n".join([head, curves(result), measures(result), verdict(result)])
+def add_out(parser):
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of JSON, plot and page (default: %(default)s)")
 
 
-def curves(result: dict) -> str:
-    """Both loss curves at a few steps, always with the first and the last."""
-    names, losses = list(result["losses"]), result["losses"].values()
-    last = result["steps"] - 1
-    steps = sorted({round(row * last / (CURVE_ROWS - 1)) for row in range(CURVE_ROWS)})
-    rows = []
-    for step in steps:
-        a, b = (curve[step] for curve in losses)
-        rows.append([str(step + 1), f"{a:.6f}", f"{b:.6f}", f"{b - a:+.1e}"])
-    return table(["loss at step", *names, "difference"], rows)
-
-
-def measures(result: dict) -> str:
-    a, b = result["summary"].values()
-    rows = [
-        [label, f"{a[key]:.3f}", f"{b[key]:.3f}", ratio(a[key], b[key])]
-        for label, key in (
-            ("step, ms", "step_ms"),
-            ("the loss, ms", "loss_ms"),
-            ("  its forward", "loss_forward_ms"),
-            ("  its backward", "loss_backward_ms"),
-        )
-    ]
-    peaks = [side["loss_peak_bytes"] / 2**20 for side in (a, b)]
-    rows.append(["peak memory of the loss, MiB", *(f"{peak:.2f}" for peak in peaks), ratio(*peaks)])
-    rows += [[name, f"{a['metrics'][name]:.4f}", f"{b['metrics'][name]:.4f}", ""] for name in a["metrics"]]
-    timed = result["steps"] - result["warm_up"]
-    notes = (
-        f"Times: medians of {timed} steps, taken in turn, after {result['warm_up']} to warm up.\n"
-        f"Memory: {result['memory_method']};\n"
-        "forward and backward together, with the gradient of the logits."
-    )
-    return table(["", *result["summary"], "torch.nn / xent_ext"], rows) + "\n" + notes
-
-
-def verdict(result: dict) -> str:
-    difference, tolerance = result["agreement"]["difference"], result["agreement"]["tolerance"]
-    labels = {
-        "first_loss": "loss on the same logits",
-        "first_gradient": "gradient on the same logits",
-        "curves": "loss curves",
+def begin(command: str, device) -> dict:
+    """What every result starts with."""
+    return {
+        "command": command,
+        "machine": machine.describe(),
+        "device": str(device),
+        "load_before": os.getloadavg()[0],
+        "clocks_before": machine.clocks(),
     }
-    rows = [[labels[what], f"{difference[what]:.1e}", f"{tolerance[what]:.1e}"] for what in difference]
-    speed_up = result["speed_up"]
-    ending = "The two losses agree." if result["agreement"]["agree"] else "THE TWO LOSSES DO NOT AGREE."
+
+
+def head(result: dict) -> str:
+    """Where a result is from."""
     return (
-        f"{table(['largest relative difference', 'found', 'allowed'], rows)}\n{ending}\n"
-        f"Speed-up: the loss {speed_up['loss']:.2f}x, the whole step {speed_up['step']:.2f}x."
+        f"\nMachine: {machine.one_line(result['machine'])}\n"
+        f"On {result['device']}; load before the start {result['load_before']:.2f}"
     )
 
 
@@ -86,45 +54,82 @@ def ratio(a: float, b: float) -> str:
     return f"{a / b:.2f}x"
 
 
-def write(result: dict, folder: Path) -> list[str]:
-    """Write the JSON and the plot; return their paths."""
+def size(row: dict) -> str:
+    return " x ".join(map(str, row["shape"]))
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.2f}"
+
+
+def write(result: dict, folder: Path, name: str = "") -> list[str]:
+    """Write the JSON, the plot and the folder's page; return their paths. The name is the command's unless given."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{result['task']}.{ending}" for ending in ("json", "png")]
-    paths[0].write_text(json.dumps(result, indent=1) + "\n")
-    plot(result).savefig(paths[1], dpi=120)
-    return [str(path) for path in paths]
+    path = folder / f"{name or result['command']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, path)
+    return [str(path), str(path.with_suffix(".png")), str(write_page(folder))]
 
 
-def plot(result: dict) -> Figure:
-    """Left the two loss curves, right where the time of a step goes."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"{result['task']}, logits {tuple(result['logits'])}")
-    figure.supxlabel(one_line(result["machine"]), fontsize=6)
-    loss_axes, time_axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    plot_curves(loss_axes, result["losses"])
-    plot_times(time_axes, result["summary"])
-    return figure
+def draw(result: dict, path: Path):
+    """The plot beside the JSON file `path`."""
+    module(result).figure(result).savefig(path.with_suffix(".png"), dpi=120)
 
 
-def plot_curves(axes, losses: dict):
-    # The curves lie on each other: the second is thin and dashed, so that both are seen.
-    styles = ({"linewidth": 4, "alpha": 0.4}, {"linewidth": 1.2, "linestyle": "--"})
-    for (name, curve), style in zip(losses.items(), styles, strict=True):
-        axes.plot(range(1, len(curve) + 1), curve, label=name, **style)
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.legend()
+def module(result: dict):
+    return importlib.import_module(f".{result['command']}_report", __package__)
 
 
-def plot_times(axes, summary: dict):
-    parts = {
-        "loss, forward": [side["loss_forward_ms"] for side in summary.values()],
-        "loss, backward": [side["loss_backward_ms"] for side in summary.values()],
-        "the rest": [side["step_ms"] - side["loss_forward_ms"] - side["loss_backward_ms"] for side in summary.values()],
-    }
-    below = [0.0] * len(summary)
-    for label, heights in parts.items():
-        axes.bar(list(summary), heights, bottom=below, label=label)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.set(ylabel="median milliseconds of a step")
-    axes.margins(y=0.2)  # room for the legend above the bars
-    axes.legend(loc="upper center", ncols=len(parts), fontsize="small")
+def results(folder: Path) -> dict[Path, dict]:
+    """All results in a folder, by path."""
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path: result for path, result in found.items() if isinstance(result, dict) and "command" in result}
+
+
+def method(result: dict) -> str:
+    """How a result was measured, and what the numbers of each peer include."""
+    about = [textwrap.fill(f"{name}: {what}", 118) for name, what in result.get("about", {}).items()]
+    return "\n\n".join([result["method"].strip(), *about])
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>xent_ext: measurements</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em; }}
+img {{ max-width: 100%; }}
+pre {{ overflow-x: auto; line-height: 1.35; }}
+</style>
+</head>
+<body>
+<h1>xent_ext: measurements</h1>
+{sections}
+</body>
+</html>
+"""
+
+SECTION = """<section>
+<h2>{name}</h2>
+<img alt="{name}" src="data:image/png;base64,{image}">
+<pre>{text}</pre>
+<h3>Method</h3>
+<pre>{method}</pre>
+</section>"""
+
+
+def write_page(folder: Path) -> Path:
+    """One HTML file with every result of the folder, images inside: nothing of it is loaded from elsewhere."""
+    sections = [
+        SECTION.format(
+            name=html.escape(path.stem),
+            image=base64.b64encode(path.with_suffix(".png").read_bytes()).decode(),
+            text=html.escape(module(result).text(result).strip()),
+            method=html.escape(method(result)),
+        )
+        for path, result in results(folder).items()
+    ]
+    page = folder / "report.html"
+    page.write_text(PAGE.format(sections="\n".join(sections)))
+    return page

@@ -1,4 +1,4 @@
-"""The shapes that `python -m bench run` measures, as people meet them."""
+"""The shapes of the measurements, as people meet them."""
 
 from typing import NamedTuple
 
@@ -6,44 +6,66 @@ from typing import NamedTuple
 class Shape(NamedTuple):
     what: str
     size: tuple[int, ...]
-    for_gpu: bool = False  # on a CPU one call would take seconds
 
 
 SUITES = {
     "llm": (
+        Shape("2048 tokens, BERT", (2048, 30522)),
         Shape("2048 tokens, Llama 2", (2048, 32000)),
         Shape("512 tokens, Llama 3", (512, 128256)),
-        Shape("8192 tokens, Llama 2", (8192, 32000), for_gpu=True),
-        Shape("32768 tokens, Llama 2", (32768, 32000), for_gpu=True),
-        Shape("4096 tokens, Llama 3", (4096, 128256), for_gpu=True),
-        Shape("8192 tokens, GPT-2", (8192, 50257), for_gpu=True),
-        Shape("8192 tokens, Qwen 2.5", (8192, 151936), for_gpu=True),
-        Shape("8192 tokens, Gemma 2", (8192, 256000), for_gpu=True),
+        Shape("1023 tokens, GPT-2", (1023, 50257)),
+        Shape("8192 tokens, GPT-2", (8192, 50257)),
+        Shape("8192 tokens, Llama 2", (8192, 32000)),
+        Shape("32768 tokens, Llama 2", (32768, 32000)),
+        Shape("8192 tokens, Llama 3", (8192, 128256)),
+        Shape("8191 tokens, Llama 3", (8191, 128256)),
+        Shape("8192 tokens, Qwen 2.5", (8192, 151936)),
+        Shape("2048 tokens, Qwen 2.5 of 7B and more", (2048, 152064)),
+        Shape("8192 tokens, Gemma 2", (8192, 256000)),
+        Shape("8192 tokens, Gemma 3", (8192, 262144)),
     ),
     "classify": (
         Shape("CIFAR-10", (256, 10)),
         Shape("CIFAR-10, large batch", (4096, 10)),
         Shape("10 classes, points", (65536, 10)),
+        Shape("CIFAR-100", (1024, 100)),
         Shape("128 classes", (8192, 128)),
+        Shape("ImageNet-1k", (256, 1000)),
         Shape("ImageNet-1k, large batch", (4096, 1000)),
-        Shape("ImageNet-21k", (4096, 21841), for_gpu=True),
+        Shape("ImageNet-21k", (1024, 21843)),
+        Shape("ImageNet-21k, large batch", (8192, 21843)),
     ),
     "segment": (
         Shape("Cityscapes, 2 crops", (2, 19, 256, 256)),
         Shape("Cityscapes, 8 crops", (8, 19, 256, 256)),
-        Shape("Cityscapes, 4 images", (4, 19, 1024, 2048), for_gpu=True),
+        Shape("Pascal VOC, odd sides", (4, 21, 255, 333)),
+        Shape("Cityscapes, 1 image", (1, 19, 1024, 2048)),
+        Shape("Cityscapes, 8 images", (8, 19, 1024, 2048)),
     ),
     "few-rows": (
         Shape("one digit", (1, 10)),
         Shape("32 digits", (32, 10)),
         Shape("ImageNet-1k", (64, 1000)),
+        Shape("1 token, Llama 2", (1, 32000)),
+        Shape("1 token, Gemma 3", (1, 262144)),
         Shape("16 tokens, GPT-2", (16, 50257)),
-        Shape("64 tokens, Llama 3", (64, 128256), for_gpu=True),
+        Shape("64 tokens, Llama 3", (64, 128256)),
+        Shape("64 tokens, Gemma 3", (64, 262144)),
+    ),
+    # One or two of each, for a first look.
+    "summary": (
+        Shape("2048 tokens, Llama 2", (2048, 32000)),
+        Shape("8192 tokens, Llama 3", (8192, 128256)),
+        Shape("ImageNet-1k, large batch", (4096, 1000)),
+        Shape("10 classes, points", (65536, 10)),
+        Shape("Cityscapes, 8 crops", (8, 19, 256, 256)),
+        Shape("16 tokens, GPT-2", (16, 50257)),
     ),
 }
+ALL = [name for name in SUITES if name != "summary"]
 
 
-def shapes(suites: list[str], device_type: str) -> list[tuple[str, Shape]]:
-    """(suite, shape) for all that the suites have for such a device."""
-    pairs = [(suite, shape) for suite in suites for shape in SUITES[suite]]
-    return [(suite, shape) for suite, shape in pairs if device_type != "cpu" or not shape.for_gpu]
+def chosen(names: list[str]) -> list[tuple[str, Shape]]:
+    """(suite, shape) for the suites of these names; "all" is each but the summary."""
+    suites = dict.fromkeys(suite for name in names for suite in (ALL if name == "all" else [name]))
+    return [(suite, shape) for suite in suites for shape in SUITES[suite]]

@@ -15,7 +15,6 @@ import copy
 import statistics
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ import xent_ext
 
 from . import machine, report
 from .tasks import TASKS
+from .train_report import text
 
 LOSSES = {
     "torch.nn": torch.nn.CrossEntropyLoss,
@@ -51,12 +51,7 @@ def add_arguments(parser):
     parser.add_argument("--steps", type=positive, help="training steps (default: enough for the task)")
     parser.add_argument("--seed", type=int, default=0, help="of the model and of the batches")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("xent_ext_train"),
-        help="folder of the plot and the JSON (%(default)s)",
-    )
+    report.add_out(parser)
 
 
 def positive(text: str) -> int:
@@ -68,25 +63,25 @@ def positive(text: str) -> int:
 
 def run(args) -> int:
     result = compare(args.task, args.steps, args.seed, machine.pick_device(args.device))
-    print(report.text(result))
-    print("Written:", *report.write(result, args.out))
+    print(text(result))
+    print("Written:", *report.write(result, args.out, result["task"]))
     return 0 if result["agreement"]["agree"] else 1
 
 
 def compare(task_name: str, steps: int | None, seed: int, device: torch.device) -> dict:
     """Train both sides; return all that the report needs, ready for JSON."""
     print(f"Preparing {task_name} on {device} ...", flush=True)
+    begun = report.begin("train", device)
     task = TASKS[task_name](seed, device)
     steps = task.steps if steps is None else steps
     sides = make_sides(task, seed, device)
     first = first_calls(sides, task.batch(), device)
     train(sides, task, steps, machine.Clock(device))
     summary = {name: summarize(side, first["peak_bytes"][name], task) for name, side in sides.items()}
-    return {
-        "machine": machine.describe(),
+    return begun | {
         "task": task_name,
         "description": type(task).__doc__,
-        "device": str(device),
+        "method": __doc__,
         "seed": seed,
         "steps": steps,
         "warm_up": warm_up(steps),

@@ -1,11 +1,17 @@
-"""The implementations that `python -m bench run` compares, one module each: a new file here is a new peer.
+"""The implementations that are compared, one module each: a new file here is a new peer.
 
-A peer has INCLUDES, a sentence on what its numbers include, and load(), which returns a function of (logits, target)
-with the mean loss as its result. load() may raise whatever says why the peer cannot run here.
+A peer's docstring says what its numbers include and what it cannot do, its PEER (see bench/peer.py) how to get it.
+Where a package is not installed, or does not take a case, the peer is reported as absent with the reason.
+
+Left out: cut-cross-entropy, and the fused linear losses of Liger and quack. They take the hidden states and the
+weights of the last layer, and their time is mostly that of its matrix products; beside losses of given logits neither
+their time nor their memory means anything.
 """
 
 import importlib
 import pkgutil
 
-PEERS = {found.name: importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)}
+_MODULES = {found.name: importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)}
+PEERS = {name: module.PEER for name, module in _MODULES.items()}
+ABOUT = {name: " ".join(module.__doc__.split()) for name, module in _MODULES.items()}
 OURS = "xent_ext"
