@@ -131,7 +131,7 @@ def load_summary(summary_ptr, rows, row, mask, classes, STATS: tl.constexpr, SPL
         cross = tl.load(summary_ptr + 6 * count, mask=mask, other=0.0)
         bits = tl.load(summary_ptr + 7 * count, mask=mask, other=0.0)
         best = bits.to(tl.int32 if ACC.primitive_bitwidth == 32 else tl.int64, bitcast=True).to(tl.int32)
-    return merge_all(m, s, mass, dot, spread, total, cross, best, classes)
+    return merge_all(m, s, mass, dot, spread, total, cross, best, classes, STATS)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])

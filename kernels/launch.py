@@ -247,15 +247,7 @@ class Call:
         return found
 
     def found(self, device, dense, aligned, schedule):
-        return plan(
-            self.layout,
-            self.x.element_size(),
-            self.acc.itemsize,
-            device,
-            dense=dense,
-            aligned=aligned,
-            schedule=schedule,
-        )
+        return planned(self.layout, self.x.element_size(), self.acc.itemsize, device, dense, aligned, schedule)
 
     # What is allocated
 

@@ -96,8 +96,9 @@ def best_of(z, m, c, classes):
 
 @triton.jit
 def merge(
-    m1, s1, mass1, dot1, spread1, total1, cross1, best1, m2, s2, mass2, dot2, spread2, total2, cross2, best2, classes
-):
+    m1, s1, mass1, dot1, spread1, total1, cross1, best1, m2, s2, mass2, dot2, spread2, total2, cross2, best2, classes,
+    STATS: tl.constexpr,
+):  # fmt: skip
     """The summary of two parts of a row. A part whose logits are all -inf has m = -inf and s = 0."""
     m = tl.maximum(m1, m2)
     o = origin(m)
@@ -105,25 +106,29 @@ def merge(
     e1, e2 = tl.exp(m1 - o), tl.exp(m2 - o)
     s = s1 * e1 + s2 * e2
     dot = (dot1 + mass1 * down1) + (dot2 + mass2 * down2)
-    spread = e1 * (spread1 + s1 * down1) + e2 * (spread2 + s2 * down2)
-    cross = (cross1 + total1 * down1) + (cross2 + total2 * down2)
-    smallest = tl.minimum(best1, best2)
-    best = tl.where((smallest < classes) | (m1 == m2), smallest, tl.where(m1 > m2, best1, best2))
-    return m, s, mass1 + mass2, dot, spread, total1 + total2, cross, best
+    if STATS:
+        spread1 = e1 * (spread1 + s1 * down1) + e2 * (spread2 + s2 * down2)
+        cross1 = (cross1 + total1 * down1) + (cross2 + total2 * down2)
+        total1 += total2
+        smallest = tl.minimum(best1, best2)
+        best1 = tl.where((smallest < classes) | (m1 == m2), smallest, tl.where(m1 > m2, best1, best2))
+    return m, s, mass1 + mass2, dot, spread1, total1, cross1, best1
 
 
 @triton.jit
-def merge_all(m, s, mass, dot, spread, total, cross, best, classes):
+def merge_all(m, s, mass, dot, spread, total, cross, best, classes, STATS: tl.constexpr):
     """The summary of each row from those of its parts, [ROWS, parts]; see `merge`."""
     whole = tl.max(m, 1)
     o = origin(whole)[:, None]
     down = origin(m) - o
     e = tl.exp(m - o)
     dot = tl.sum(dot + mass * down, 1)
-    spread = tl.sum(e * (spread + s * down), 1)
-    cross = tl.sum(cross + total * down, 1)
-    best = tl.min(tl.where((best < classes) | (m == whole[:, None]), best, 2 * classes), 1)
-    return whole, tl.sum(s * e, 1), tl.sum(mass, 1), dot, spread, tl.sum(total, 1), cross, best
+    if STATS:
+        spread = e * (spread + s * down)
+        cross = cross + total * down
+        best = tl.where((best < classes) | (m == whole[:, None]), best, 2 * classes)
+    s, mass, total = tl.sum(s * e, 1), tl.sum(mass, 1), tl.sum(total, 1)
+    return whole, s, mass, dot, tl.sum(spread, 1), total, tl.sum(cross, 1), tl.min(best, 1)
 
 
 @triton.jit

@@ -190,6 +190,7 @@ def streaming(
                 cross2,
                 best2,
                 classes,
+                STATS,
             )
         if summary_ptr is not None:
             store_summary(

@@ -75,9 +75,14 @@ def test_combinations(shapes, options, which, probabilities, upstreams):
 def test_half_precision(shapes, probabilities):
     """All options at once: float32 within, half precision only in the logits and their gradient."""
     options = {"softcap": 5.0, "z_loss": 0.1, "sample_weight": "sample_weight", "return_stats": True}
-    args = call(shapes[-1], torch.float16, probabilities, dtype=torch.float32, weight=None, **options)
-    exact = {k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-             for k, v in args.items() if k != "dtype"}  # fmt: skip
+    args = call(shapes[-1], torch.float16, probabilities, **options) | {"weight": None}
+    exact = {
+        name: value.detach().double().requires_grad_()
+        if torch.is_tensor(value) and value.is_floating_point()
+        else value
+        for name, value in args.items()
+    }
+    args["dtype"] = torch.float32
     ours = outcome(xent_ext.cross_entropy, on_device(args))
     truth = outcome(plain, on_device(exact))
     for name, value in ours.items():
@@ -117,10 +122,10 @@ def test_in_place(shapes):
         leaf = args.pop("input")
         for factor in (1.0, 0.25):
             logits = leaf * 1
-            loss = xent_ext.cross_entropy(logits, **args, inplace=True)
-            memory = logits.data_ptr()
             caught = []
             logits.grad_fn.register_prehook(lambda grads, caught=caught: caught.append(grads[0]))
+            loss = xent_ext.cross_entropy(logits, **args, inplace=True)
+            memory = logits.data_ptr()
             (loss * factor).backward()
             assert caught[0].data_ptr() == memory
         found = leaf.grad / 1.25, args["logit_scale"].grad / 1.25
@@ -141,13 +146,13 @@ def test_in_place_reads_the_target_before_it_is_overwritten(shapes):
 def test_all_ignored(shapes):
     args = call(shapes[-1], ignored=2.0, on_all_ignored="zero", return_stats=True, sample_weight="sample_weight")
     args["sample_weight"].data.fill_(torch.nan)  # belongs to ignored rows alone
-    compare(args)
+    compare(args, equal_nan=True)
 
 
 @not_emulated
 def test_ties_and_masked_logits(shapes):
     """The first of several largest; NaN counts as the largest, as torch.argmax has it; p log p is 0 at p = 0."""
-    args = call(shapes[-1], torch.float64, ignored=0.0, return_stats=True)
+    args = call(shapes[1], torch.float64, ignored=0.0, return_stats=True)
     x = args["input"].detach()
     classes = x.shape[1]
     x[0, [2, classes - 1]] = 50.0

@@ -4,6 +4,7 @@ They run wherever a driver is active: on a GPU, on whatever runs a GPU's code wi
 interpreter.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -28,12 +29,15 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 
 @pytest.fixture(params=["resident", "streaming", "split"])
 def shape(request, monkeypatch):
-    """Logits for each schedule; small tiles let short rows stream, in nine blocks, the last one part full."""
+    """Logits for each schedule; small tiles let short rows stream, in blocks of which the last is part full.
+
+    Their rows start at any element, or they start on whole vectors.
+    """
     if request.param == "resident":
         return 6, 40
     small_tiles(monkeypatch)
     force(monkeypatch, request.param)
-    return 4, 2100
+    return {"streaming": (4, 1035), "split": (4, 740)}[request.param]
 
 
 def force(monkeypatch, name):
@@ -42,7 +46,11 @@ def force(monkeypatch, name):
 
 
 def small_tiles(monkeypatch):
-    """Tiles of 256 logits; clusters, where there are any, hold up to 4096."""
+    """Tiles of 256 logits, clusters, where there are any, of up to 4096, and few processors to split rows for."""
+    from xent_ext.kernels import launch
+
+    device = dataclasses.replace(launch.device_properties(0), processors=16)
+    monkeypatch.setattr(launch, "device_properties", lambda index: device)
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
     monkeypatch.setattr(plan, "TILES", ((64, 4),))
     monkeypatch.setattr(plan, "PACKED_TILE", 256)
