@@ -13,6 +13,7 @@ def read(name):
 VERSION = re.search(r'^__version__ = "(.+)"$', read("xent_ext/__init__.py"), re.M)[1]
 
 BENCH = ["numpy", "matplotlib", "scikit-learn", "tqdm"]
+INTEGRATION = ["transformers>=5", "accelerate>=1", "lightning>=2.5"]
 TEST = [*BENCH, "pytest>=7", "hypothesis>=6", "expecttest", "build", "setuptools>=77", "wheel", "ruff"]
 
 setup(
@@ -29,7 +30,7 @@ setup(
     package_dir={"xent_ext": "xent_ext", "xent_ext.kernels": "kernels"},
     package_data={"xent_ext": ["py.typed"]},
     install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"'],
-    extras_require={"test": TEST, "bench": BENCH},
+    extras_require={"test": TEST, "bench": BENCH, "integration": INTEGRATION},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

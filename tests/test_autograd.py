@@ -462,26 +462,11 @@ class Head(torch.nn.Module):
         return self.criterion(2 * input, target)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("criterion", [xent_ext.cross_entropy, xent_ext.CrossEntropyLoss()], ids=["function", "module"])
-def test_compile(cpu_blocks, backend, criterion):
-    args = call()
-    torch.compiler.reset()
-    compiled = torch.compile(Head(criterion), fullgraph=True, backend=backend, dynamic=True)
-    for rows in (7, 4):
-        loss = compiled(args["input"][:rows], args["target"][:rows])
-        plain = F.cross_entropy(2 * args["input"][:rows], args["target"][:rows])
-        torch.testing.assert_close(loss, plain)
-        torch.testing.assert_close(gradient(loss, args["input"]), gradient(plain, args["input"]))
-
-
-def test_export_and_make_fx(cpu_blocks):
+def test_make_fx(cpu_blocks):
     args = call()
     input, target = args["input"].detach(), args["target"]
     head = Head(xent_ext.CrossEntropyLoss())
-    plain = F.cross_entropy(2 * input, target)
-    torch.testing.assert_close(torch.export.export(head, (input, target)).module()(input, target), plain)
-    torch.testing.assert_close(make_fx(head)(input, target)(input, target), plain)
+    torch.testing.assert_close(make_fx(head)(input, target)(input, target), F.cross_entropy(2 * input, target))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

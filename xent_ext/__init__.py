@@ -2,9 +2,19 @@
 
 from .explain import Explanation, explain
 from .functional import cross_entropy
+from .integrate import install, installed, uninstall
 from .modules import CrossEntropyLoss
 from .problem import CrossEntropyStats
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "CrossEntropyStats", "Explanation", "cross_entropy", "explain"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyStats",
+    "Explanation",
+    "cross_entropy",
+    "explain",
+    "install",
+    "installed",
+    "uninstall",
+]

@@ -408,14 +408,15 @@ def _check_inplace(input):
 def bad_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError for the first class index that is neither in [0, classes) nor `ignore_index`.
 
-    `target` holds class indices of any shape, in int64 or uint8. This reads them, so on a GPU it waits. For a
+    `target` holds class indices of any shape, in int64 or uint8. This reads them, so on a GPU it waits, once. For a
     uint8 index of 128 or more PyTorch prints a raw byte and fails with UnicodeDecodeError; this does not.
     """
     if not target.numel():
         return
-    low, high = torch.aminmax(target)
-    if low.item() >= 0 and high.item() < classes:
-        return
+    if target.is_cpu:  # two numbers, for which nothing waits here, spare most calls the rest
+        low, high = torch.aminmax(target)
+        if low.item() >= 0 and high.item() < classes:
+            return
     values = target.long()  # a uint8 tensor would wrap the number that it is compared with
     bad = values < 0
     bad |= values >= classes

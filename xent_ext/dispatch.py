@@ -2,8 +2,8 @@
 
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
-    CPU                           `xent_ext.cpu`; PyTorch's own for few logits and for half precision images,
-                                  where it is faster
+    CPU                           `xent_ext.cpu`; PyTorch's own for few logits, for half precision images and in
+                                  compiled graphs, where it is faster
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
@@ -38,6 +38,8 @@ SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fi
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in PyTorch 2.7
+
 
 @functools.cache
 def implementation(name):
@@ -50,10 +52,17 @@ def has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
+def implementation_for(input):
+    """The module for these logits, where `route` has let the call pass."""
+    return implementation("triton" if input.is_cuda or BACKEND == "triton" else "cpu")
+
+
 def is_small(input):
     """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
     if BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
+    if torch.compiler.is_compiling():
+        return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
     size = input.numel()
     if size < SMALL:
         return True
@@ -61,6 +70,11 @@ def is_small(input):
     if input.dim() == 2:
         return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if half else SMALL_FLOAT_ROWS)
     return size < SMALL_IMAGES or (half and input.dim() > 2 and input.stride(1) != 1)
+
+
+def has_unknown_size(tensor):
+    """Whether a size in a graph depends on data, as that of `logits[mask]` does: nothing can be asked about it."""
+    return torch.fx.experimental.symbolic_shapes.has_free_unbacked_symbols(tensor)
 
 
 def is_autocast(input):
@@ -88,12 +102,16 @@ def supported_route(tensors, with_options):
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
     if not with_options and is_small(input):
-        return "torch", "few logits, or half precision images, on a CPU, where PyTorch's own is faster"
+        return (
+            "torch",
+            "few logits, half precision images, or a compiled graph, on a CPU, where PyTorch's own is faster",
+        )
     return "cpu", "the logits are on a CPU"
 
 
 def unsupported(tensors):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
+    traced = torch.compiler.is_compiling()  # an operator gets no negative views, and no dispatch modes see into it
     input, target, weight = tensors[:3]
     for tensor in tensors:
         if tensor is None:
@@ -102,7 +120,7 @@ def unsupported(tensors):
             return f"tensor subclass {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"layout {tensor.layout}"
-        if tensor.is_neg():
+        if not traced and tensor.is_neg():
             return "negative view"
         if tensor.dtype not in DTYPES and (tensor is not target or tensor.is_floating_point()):
             return f"dtype {tensor.dtype}"
@@ -114,8 +132,10 @@ def unsupported(tensors):
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack():
+    if not traced and torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
+    if is_exporting():
+        return "torch.export makes a program that may run where this package is not"
     return None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn._reduction import get_enum
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from . import autograd, checks, dispatch, reference
+from . import autograd, checks, dispatch, ops, reference
 from .layout import batch_shape, class_axis, visible
 from .problem import CrossEntropyStats, Problem, Tensors
 
@@ -144,7 +144,10 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
     if options is not None:
         return with_options(owner, options, *arguments)
     if torch.compiler.is_compiling():
-        return _torch_cross_entropy(*arguments)
+        if any(isinstance(tensor, torch.Tensor) and dispatch.has_unknown_size(tensor) for tensor in (input, target)):
+            return _torch_cross_entropy(*arguments)
+        name, _, problem, tensors = prepare(None, *arguments)
+        return _torch_cross_entropy(*arguments) if name == "torch" else ops.loss(problem, tensors)
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
     if dispatch.is_small(input):
@@ -204,7 +207,8 @@ def prepare(options, *arguments, check_values=False):
     """Check a call's arguments; return the name of its implementation, the reason for it, Problem and Tensors."""
     problem, tensors = describe(options, *arguments)
     name, reason = dispatch.route(tensors, options is not None)
-    if not problem.probabilities and (check_values or (dispatch.CHECK and name != "torch")):
+    check_values = check_values or (dispatch.CHECK and name != "torch" and not torch.compiler.is_compiling())
+    if check_values and not problem.probabilities:
         shape = visible(problem, tensors.input).shape
         checks.bad_target(tensors.target, shape[class_axis(shape)], problem.ignore_index)
     return name, reason, problem, tensors

@@ -1,0 +1,207 @@
+"""Libraries that call PyTorch's loss, trained with and without `xent_ext.installed()`.
+
+Models are tiny and made from their configuration: nothing is downloaded. Without the extra `integration` these skip.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import xent_ext
+
+# Whatever the libraries want of the net, or to report to it, is not wanted here. Read when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+# Losses and weights after a few steps in float32, whose sums are in another order: some epsilons for each step, where
+# Adam divides by the root of squares of gradients that are themselves near their rounding error.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+VOCABULARY = 97
+
+
+def library(name):
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[integration]'")
+
+
+def assert_same_training(train, calls):
+    """`train` returns losses and weights. Fills `calls`, those of the fused loss, when that is installed."""
+    torch.manual_seed(0)
+    their_losses, their_weights = train()
+    assert not calls
+    torch.manual_seed(0)
+    with xent_ext.installed():
+        losses, weights = train()
+    assert calls
+    assert len(losses) > 1
+    torch.testing.assert_close(losses, their_losses, **CLOSE)
+    torch.testing.assert_close(weights, their_weights, **CLOSE)
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# --- Hugging Face
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def llama(transformers):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, intermediate_size=32))
+
+
+def gpt2(transformers):
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert(transformers):
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=32))
+
+
+def texts(rows=16, length=12):
+    """Tokens, and labels of which a varying share is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=generator)
+    labels = tokens.masked_fill(
+        torch.rand(tokens.shape, generator=generator) < torch.rand(rows, 1, generator=generator), -100
+    )
+    return [{"input_ids": t, "labels": label} for t, label in zip(tokens, labels, strict=True)]
+
+
+@pytest.mark.parametrize("model", [llama, gpt2, bert])
+def test_transformers_trainer(cpu_blocks, tmp_path, model):
+    """Gradient accumulation, where the Trainer passes on how many tokens all the batches of a step have."""
+    transformers = library("transformers")
+    library("accelerate")
+    data = texts()
+
+    def train():
+        trainer = transformers.Trainer(
+            model=model(transformers),
+            args=transformers.TrainingArguments(
+                output_dir=tmp_path,
+                max_steps=4,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-2,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=data,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights_of(trainer.model)
+
+    assert_same_training(train, cpu_blocks)
+    assert len(cpu_blocks) == 4 * 2
+    assert {problem.reduction for problem in cpu_blocks} == {"mean" if model is bert else "sum"}
+
+
+def test_accelerate(cpu_blocks):
+    accelerate = library("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of the Trainer before
+
+    def train():
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+        model = torch.nn.Linear(8, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = torch.utils.data.TensorDataset(torch.randn(32, 8), torch.randint(5, (32,)))
+        model, optimizer, batches = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(data, 8))
+        losses = []
+        for x, target in batches:
+            with accelerator.accumulate(model):
+                loss = F.cross_entropy(model(x), target)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+        return losses, weights_of(accelerator.unwrap_model(model))
+
+    assert_same_training(train, cpu_blocks)
+
+
+# --- Lightning
+
+
+def test_lightning(cpu_blocks, tmp_path):
+    """A fit with mixed precision."""
+    lightning = library("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(8, 5)
+            self.criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+            self.losses = []
+
+        def training_step(self, batch, _):
+            x, target = batch
+            loss = self.criterion(self.model(x), target)
+            self.losses.append(loss.detach())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def train():
+        module = Classifier()
+        data = torch.utils.data.TensorDataset(torch.randn(32, 8), torch.randint(5, (32,)))
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_epochs=2,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(data, 8))
+        return module.losses, weights_of(module)
+
+    assert_same_training(train, cpu_blocks)
+    assert {problem.dtype for problem in cpu_blocks} == {torch.float32}
+
+
+# --- Segmentation
+
+
+def test_segmentation(cpu_blocks):
+    """SegFormer, whose loss is over images, with pixels that are ignored."""
+    transformers = library("transformers")
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        num_labels=5,
+        semantic_loss_ignore_index=255,
+    )
+
+    def train():
+        model = transformers.SegformerForSemanticSegmentation(config)
+        # Not Adam: it would make steps of the rounding errors of gradients that batch normalisation makes 0.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for _ in range(3):
+            images, labels = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
+            labels[:, :4] = 255
+            loss = model(pixel_values=images, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses, weights_of(model)
+
+    assert_same_training(train, cpu_blocks)
+    assert {problem.ignore_index for problem in cpu_blocks} == {255}

@@ -1,0 +1,224 @@
+"""What wraps a loss or a model: data parallelism, offloading, functional calls, threads, DTensor.
+
+Checkpointing, torch.func and debugging modes are in tests/test_autograd.py, copies in tests/test_module.py.
+"""
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Calls
+from parity import REDUCTIONS, make
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+import xent_ext
+from xent_ext import cpu, dispatch
+
+all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
+distributed = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no torch.distributed with gloo",
+)
+
+PROCESSES = 2
+
+
+# --- In several processes
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the functions in `WORK` returned in the first of several processes of one gloo group."""
+    path = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, args=(path,), nprocs=PROCESSES)
+    return torch.load(path / "found", weights_only=True)
+
+
+def process(rank, path):
+    """Here the CPU implementation takes every call that it can."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dispatch.BACKEND, dispatch.is_small = "auto", lambda input: False
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=PROCESSES)
+    try:
+        found = {name: work(rank) for name, work in WORK.items()}
+        if rank == 0:
+            torch.save(found, path / "found")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def new_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
+
+
+def new_batch():
+    """Rows of which each process has as many that count."""
+    torch.manual_seed(1)
+    x, target = torch.randn(2 * PROCESSES, 6, 8), torch.randint(5, (2 * PROCESSES, 6))
+    target[:, 3] = -100
+    return x, target
+
+
+def step(model, criterion, x, target):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    criterion(model(x).flatten(0, 1), target.flatten()).backward()
+    optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def fused_step(model, rank):
+    """A step of one process, with its part of the batch and this package's loss."""
+    x, target = (part.chunk(PROCESSES)[rank] for part in new_batch())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = Calls().watch(monkeypatch, cpu)
+        parameters = step(model, xent_ext.CrossEntropyLoss(label_smoothing=0.1), x, target)
+    assert len(calls) == 1
+    return parameters
+
+
+def data_parallel(rank):
+    model = torch.nn.parallel.DistributedDataParallel(new_model())
+    return {name.removeprefix("module."): value for name, value in fused_step(model, rank).items()}
+
+
+def fully_sharded(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    model = new_model()
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    return {name: value.full_tensor() for name, value in fused_step(model, rank).items()}
+
+
+def distributed_tensors(rank):
+    """Whole losses and gradients of logits in shards of the batch, in shards of the classes, and in copies."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    input, target, _ = make((8, 6))
+    found = {}
+    placements = {"batch": (Shard(0), Shard(0)), "class": (Shard(1), Replicate()), "copy": (Replicate(), Replicate())}
+    for name, (of_input, of_target) in placements.items():
+        logits = distribute_tensor(input, mesh, [of_input]).requires_grad_()
+        loss = xent_ext.cross_entropy(logits, distribute_tensor(target, mesh, [of_target]))
+        loss.backward()
+        found[name] = loss.full_tensor().detach(), logits.grad.full_tensor()
+    logits = distribute_tensor(input, mesh, [Shard(1)]).requires_grad_()
+    with loss_parallel():
+        loss = xent_ext.cross_entropy(logits, distribute_tensor(target, mesh, [Replicate()]))
+        loss.backward()
+    found["loss_parallel"] = loss.full_tensor().detach(), logits.grad.full_tensor()
+    return found
+
+
+WORK = {"DDP": data_parallel, "FSDP": fully_sharded, "DTensor": distributed_tensors}
+
+
+@distributed
+@pytest.mark.parametrize("name", ["DDP", "FSDP"])
+def test_data_parallel(found, name):
+    """A step of several processes, each with its part of the batch, is that of one with the whole batch."""
+    expected = step(new_model(), torch.nn.CrossEntropyLoss(label_smoothing=0.1), *new_batch())
+    torch.testing.assert_close(found[name], expected)
+
+
+@distributed
+def test_distributed_tensors(found):
+    """They go to PyTorch's own, which computes shards of the batch where they are."""
+    input, target, _ = make((8, 6))
+    input.requires_grad_()
+    loss = F.cross_entropy(input, target)
+    loss.backward()
+    for whole in found["DTensor"].values():
+        torch.testing.assert_close(whole, (loss.detach(), input.grad))
+
+
+# --- In one process
+
+
+@all_reductions
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_saved_tensors_hooks(fused, device, reduction, probabilities):
+    """What is saved may be kept in the host's memory, or in another form; the gradient made ahead is not saved."""
+    input, target, weight = make((7, 5), probabilities=probabilities, weighted=True, device=device)
+    input.requires_grad_()
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor.numpy(force=True)
+
+    def gradient():
+        loss = xent_ext.cross_entropy(input, target, weight, reduction=reduction)
+        return torch.autograd.grad(loss.square().sum(), input)[0]
+
+    plain = gradient()
+    with save_on_cpu():
+        assert torch.equal(gradient(), plain)
+    with saved_tensors_hooks(pack, lambda array: torch.from_numpy(array).to(device)):
+        assert torch.equal(gradient(), plain)
+    assert any(tensor is input for tensor in packed)
+    assert sum(tensor.shape == input.shape for tensor in packed) == 1 + probabilities
+
+
+def test_functional_call(fused, device):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.LogSoftmax(1)).to(device)
+    criterion = xent_ext.CrossEntropyLoss(torch.rand(5, device=device))
+    x, target = torch.randn(7, 8, device=device), torch.arange(7, device=device) % 5
+    other = {name: torch.randn_like(value, requires_grad=True) for name, value in model.named_parameters()}
+    weight = {"weight": torch.rand(5, device=device)}
+    loss = torch.func.functional_call(criterion, weight, (torch.func.functional_call(model, other, (x,)), target))
+    expected = F.cross_entropy(torch.func.functional_call(model, other, (x,)), target, weight["weight"])
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value, list(other.values())) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert len(fused) == 1
+
+
+def test_per_sample_gradients(fused, device):
+    """By vmap over functional_call, as for differential privacy."""
+    model = torch.nn.Linear(8, 5).to(device)
+    x, target = torch.randn(7, 8, device=device), torch.arange(7, device=device) % 5
+
+    def per_sample(cross_entropy):
+        def loss(parameters, x, target):
+            return cross_entropy(torch.func.functional_call(model, parameters, (x,)), target)
+
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, target)
+
+    torch.testing.assert_close(per_sample(xent_ext.cross_entropy), per_sample(F.cross_entropy))
+
+
+@all_reductions
+def test_threads(many_blocks, reduction):
+    """Threads share a module, and each has the results that it has alone."""
+    criterion = xent_ext.CrossEntropyLoss(reduction=reduction)
+    batches = [make((64, 50), torch.bfloat16, seed=seed)[:2] for seed in range(4)]
+
+    def work(batch, factor):
+        input, target = batch
+        input = input.detach().requires_grad_()
+        loss = criterion(input, target)
+        return loss.detach(), torch.autograd.grad(factor * loss.sum(), input)[0]
+
+    alone = [work(batch, factor) for factor, batch in enumerate(batches, 1)]
+    found = [[] for _ in batches]
+    threads = [
+        threading.Thread(target=lambda i=i, batch=batch: found[i].extend(work(batch, i + 1) for _ in range(20)))
+        for i, batch in enumerate(batches)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, expected in zip(found, alone, strict=True):
+        assert len(results) == 20
+        for result in results:
+            assert all(map(torch.equal, result, expected))
