@@ -155,11 +155,11 @@ def test_streaming_of_strided_classes(monkeypatch):
 
 
 def test_clusters(monkeypatch):
-    """Where there are none, the row streams."""
+    """Where there are none, the rows are split."""
     small_tiles(monkeypatch)
     args = make((4, 700), ignored=0.3, weighted=True, device=DEVICE)
     traffic = xent_ext.explain(*args).traffic
-    assert (traffic.schedule, traffic.numbers["num_ctas"]) in (("resident", 2), ("split", 1))
+    assert traffic.schedule == ("resident" if traffic.numbers["num_ctas"] > 1 else "split")
     for reduction in ("mean", "none"):
         check(*args, reduction=reduction)
 
@@ -316,11 +316,13 @@ def test_more_rows_than_one_program_sums():
 
 
 @compiled_only
-def test_offsets_beyond_32_bits(shape):
+def test_offsets_beyond_32_bits(shape, monkeypatch):
     """Rows, and images, that lie 2**31 + 16 elements apart, in memory that is mostly never touched."""
     stride = 2**31 + 16
     storage = torch.empty(2 * stride, dtype=torch.float16, device=DEVICE)
     for size, strides in (((2, shape[1]), (stride, 1)), ((2, shape[1], 3), (stride, 3, 1))):
+        if len(size) == 3:
+            force(monkeypatch, None)  # rows that are neighbours in memory are not split
         input = storage.as_strided(size, strides)
         values, target, _ = make(size, torch.float16, device=DEVICE)
         input.copy_(values)

@@ -165,11 +165,11 @@ def test_clusters_keep_long_rows_resident():
 
 
 def test_few_rows_are_split():
-    for rows in (1, 8, 54):
+    for rows in (1, 8, 107):
         found = plan(contiguous(rows, 151936), 2, 4, DEVICES["sm_80"])
         assert found.schedule == "split"
         assert found.programs * found.splits >= 108
-    assert plan(contiguous(55, 151936), 2, 4, DEVICES["sm_80"]).schedule == "streaming"
+    assert plan(contiguous(108, 151936), 2, 4, DEVICES["sm_80"]).schedule == "streaming"
     assert plan(contiguous(8, 1000), 2, 4, DEVICES["sm_80"]).schedule == "resident"
 
 

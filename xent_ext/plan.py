@@ -127,7 +127,7 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
             found = resident(layout, most, device, block, rest, edge, device.cluster if accumulated == 4 else 1)
         if found or schedule:
             return found or cannot(schedule, layout)
-    few = layout.rows <= device.processors // 2
+    few = layout.rows < device.processors
     if schedule == "split" or (schedule is None and few and not neighbours):
         return cannot(schedule, layout) if neighbours else split(layout, most, device, edge)
     return streaming(layout, itemsize, most, device, edge, neighbours, dense)
