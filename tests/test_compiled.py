@@ -128,6 +128,37 @@ def test_spills_are_noticed(target, classes, threads):
     assert int(python("-c", code)) > 0
 
 
+def test_sizes_and_numbers_do_not_compile_anew():
+    """Of fifty calls of as many rows and classes, and every number of an option another, few are compiled.
+
+    Rows and classes matter by the tile, by whether 16 divides them, and by the vectors that start with a row.
+    """
+    code = """if True:
+        import random
+        import torch
+        import xent_ext
+        from bench import offline
+        draw = random.Random(0)
+        with offline.target("cuda", 90) as launches:
+            for _ in range(50):
+                rows, classes = draw.randrange(257, 9000), draw.randrange(1300, 2048)
+                xent_ext.cross_entropy(
+                    torch.empty(rows, classes, dtype=torch.bfloat16, requires_grad=True),
+                    torch.empty(rows, dtype=torch.int64),
+                    ignore_index=-draw.randrange(1, 1000),
+                    label_smoothing=draw.random(),
+                    logit_scale=draw.random(),
+                    softcap=1 + draw.random(),
+                    z_loss=draw.random(),
+                ).backward(torch.empty((), dtype=torch.bfloat16))
+        kernels = [launch for launch in launches if launch.name == "resident"]
+        print(len(kernels), len({launch.kernel.hash for launch in kernels}))
+    """
+    calls, compiled = map(int, python("-c", code).split())
+    assert calls == 100  # forward, and the gradient again where it was not expected
+    assert compiled <= 2 * 2 * 4  # both; 16 divides the rows or not; vectors of 4 or 8, 16 divides, or ends apart
+
+
 def test_accesses_are_traced_to_their_arguments():
     assembly = pytest.importorskip("bench.assembly")
     ir = """

@@ -9,7 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import REDUCTIONS, make
 from test_kernels import DEVICE, compiled_only, force, not_emulated, small_tiles
-from test_options import DIFFERENTIABLE, allowed, both_targets, call, combinations, each_option, outcome, plain
+from test_options import (
+    DIFFERENTIABLE,
+    allowed,
+    both_targets,
+    call,
+    combinations,
+    each_option,
+    flat,
+    outcome,
+    plain,
+)
+from torch.autograd import gradcheck
 
 import xent_ext
 
@@ -69,6 +80,20 @@ def test_combinations(shapes, options, which, probabilities, upstreams):
     """With the gradients of some of the statistics, joined with that of the loss."""
     args = call(shapes[which % len(shapes)], probabilities=probabilities, **options)
     compare(args, ("loss", *upstreams))
+
+
+@not_emulated
+@each_option
+@both_targets
+def test_gradcheck(probabilities, options):
+    args = on_device(call((2, 3), probabilities=probabilities, **options))
+    names = [name for name, value in args.items() if torch.is_tensor(value) and value.requires_grad]
+
+    def results(*tensors):
+        found = flat(xent_ext.cross_entropy(**args | dict(zip(names, tensors, strict=True))))
+        return tuple(value for name, value in found.items() if name in ("loss", *DIFFERENTIABLE))
+
+    assert gradcheck(results, tuple(args[name] for name in names))
 
 
 @both_targets
