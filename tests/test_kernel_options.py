@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 # Several rows to a tile; a body and a rest; rows that are neighbours in memory.
 RESIDENT = ((7, 5), (5, 40), (2, 19, 3, 2))
 # With small tiles: several blocks; rows that start at any element and have ends, in the dtypes that have vectors.
-STREAMED = ((3, 520), (3, 515))
+STREAMED = ((3, 264), (3, 515))
 
 
 @pytest.fixture(params=["resident", "streaming", "split"])
@@ -69,7 +69,7 @@ def test_each_option(triton_backend, shapes, probabilities, options):
 
 
 @not_emulated
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     options=combinations(),
     which=st.integers(0, 2),
