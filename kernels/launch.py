@@ -148,15 +148,15 @@ def rescaled(problem, made, upstream, expected):
     seen = torch.empty_like(expected)
     strides = gradient.stride()
     seen_as = layout(gradient.shape, strides, strides)
-    numbers = gradient_plan(
-        seen_as, plan(seen_as, gradient.element_size(), acc.itemsize, INTERPRETED, schedule="streaming")
-    )
-    class_vec, row_vec = vectors(seen_as, gradient.element_size())
+    itemsize = gradient.element_size()
+    device = device_properties(gradient.device.index or 0)
+    walk = gradient_plan(seen_as, plan(seen_as, itemsize, acc.itemsize, device, schedule="streaming"))
+    class_vec, row_vec = vectors(seen_as, itemsize)
     outer, inner, by_class = seen_as.strides[0]
-    rescale[(numbers.programs,)](
+    rescale[(walk.programs,)](
         gradient, upstream, expected, seen, seen_as.inner, seen_as.classes, outer, inner, by_class,
-        ROWS=numbers.rows, BLOCK=numbers.block, WIDE=is_wide(seen_as, numbers), CLASS_VEC=class_vec, ROW_VEC=row_vec,
-        ACC=TRITON_DTYPE[acc], num_warps=numbers.num_warps,
+        ROWS=walk.rows, BLOCK=walk.block, WIDE=is_wide(seen_as, walk), CLASS_VEC=class_vec, ROW_VEC=row_vec,
+        ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps,
     )  # fmt: skip
     slope = None if made.slope is None else made.slope * (upstream.to(acc) / expected)
     return made.gradient, slope, seen
