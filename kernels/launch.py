@@ -196,9 +196,16 @@ def traffic(problem, tensors, want_gradient):
     return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new + gradient, memory=memory)
 
 
-@functools.lru_cache
 def constant(value, dtype, device):
     """A number on the device: kernels take options from memory, so that None has no code and no number its own."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # The memory and the value are the graph's: nothing else may rely on them.
+        return torch.full((), value, dtype=dtype, device=device)
+    return kept_constant(value, dtype, device)
+
+
+@functools.lru_cache(maxsize=256)
+def kept_constant(value, dtype, device):
     return torch.full((), value, dtype=dtype, device=device)
 
 
