@@ -6,7 +6,7 @@ It makes deferred gradients and, after the parts of split rows were summarised, 
 import triton
 import triton.language as tl
 
-from .math import exponentials, merge_all, origin
+from .math import exponentials, merge_all, point_dot
 from .tile import (
     body_columns,
     class_index,
@@ -14,6 +14,7 @@ from .tile import (
     load_at_index,
     load_logits,
     load_probabilities,
+    loss_weight,
     multiple,
     normalizer,
     program_rows,
@@ -21,7 +22,6 @@ from .tile import (
     row_factors,
     row_offsets,
     row_scale,
-    row_weight,
     store_gradient,
     store_results,
     tile_gradient,
@@ -205,7 +205,7 @@ def gradient(
     else:
         counted = live
         point = tl.zeros((ROWS,), ACC)
-    weight = row_weight(sample_weight_ptr, row, counted, ACC)
+    weight = loss_weight(sample_weight_ptr, row, counted, ACC)
     m, s, mass, dot, spread, total, cross, best = load_summary(
         summary_ptr, rows, row, counted, classes, STATS, SPLITS, ACC
     )
@@ -215,7 +215,7 @@ def gradient(
         z_t = None
         if q_ptr is None:
             z_t = load_at_index(x_ptr, x_row, t, x_class, valid, logit_scale_ptr, softcap_ptr, WIDE, ACC)
-            dot += point * (z_t - origin(m))
+            dot += point_dot(point, z_t, m)
         if block == 0:
             store_results(
                 loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tile, rows, row, live, counted, weight,

@@ -80,6 +80,11 @@ def dense_dot(b, z, m, inside):
 
 
 @triton.jit
+def point_dot(b, z, m):
+    return b * (z - origin(m))
+
+
+@triton.jit
 def spread_of(e, z, m):
     """sum e * (z - m), where a class with e = 0 adds 0."""
     return tl.sum(tl.where(e == 0, 0.0, e * (z - origin(m)[:, None])), 1)

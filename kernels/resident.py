@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .math import exponentials, origin
+from .math import exponentials, point_dot
 from .tile import (
     body_columns,
     class_index,
@@ -11,6 +11,7 @@ from .tile import (
     load_at_index,
     load_logits,
     load_probabilities,
+    loss_weight,
     multiple,
     normalizer,
     program_rows,
@@ -18,7 +19,6 @@ from .tile import (
     row_factors,
     row_offsets,
     row_scale,
-    row_weight,
     store_gradient,
     store_results,
     summarised,
@@ -101,7 +101,7 @@ def resident(
     else:
         counted = live
         point = tl.zeros((ROWS,), ACC)
-    weight = row_weight(sample_weight_ptr, row, counted, ACC)
+    weight = loss_weight(sample_weight_ptr, row, counted, ACC)
 
     # Before the sums over the rows, which all threads wait for: the gradient may take the memory of the logits.
     z_t = None
@@ -148,7 +148,7 @@ def resident(
 
     if loss_ptr is not None:
         if q_ptr is None:
-            dot += point * (z_t - origin(m))
+            dot += point_dot(point, z_t, m)
         store_results(
             loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tl.program_id(0), rows, row, live, counted,
             weight, z_t, m, s, mass, dot, spread, total, cross, best, classes, PER_ROW, ENTROPY,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .gradient import piece_gradient, store_summary
-from .math import exponentials, merge, origin
+from .math import exponentials, merge, point_dot
 from .tile import (
     body_columns,
     class_index,
@@ -17,6 +17,7 @@ from .tile import (
     load_at_index,
     load_logits,
     load_probabilities,
+    loss_weight,
     multiple,
     normalizer,
     program_rows,
@@ -24,7 +25,6 @@ from .tile import (
     row_factors,
     row_offsets,
     row_scale,
-    row_weight,
     store_results,
     summarised,
     tile_mass,
@@ -143,7 +143,7 @@ def streaming(
         else:
             counted = live
             point = tl.zeros((ROWS,), ACC)
-        weight = row_weight(sample_weight_ptr, row, counted, ACC)
+        weight = loss_weight(sample_weight_ptr, row, counted, ACC)
         # Before the sums over the rows, which all threads wait for: the gradient may take the memory of the logits.
         z_t = None
         if q_ptr is None and SPLITS == 1:
@@ -199,7 +199,7 @@ def streaming(
         mass += point
         if SPLITS == 1:
             if q_ptr is None:
-                dot += point * (z_t - origin(m))
+                dot += point_dot(point, z_t, m)
             store_results(
                 loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tile, rows, row, live, counted, weight,
                 z_t, m, s, mass, dot, spread, total, cross, best, classes, PER_ROW, ENTROPY,

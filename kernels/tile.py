@@ -303,7 +303,7 @@ def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_weight(sample_weight_ptr, row, counted, ACC: tl.constexpr):
+def loss_weight(sample_weight_ptr, row, counted, ACC: tl.constexpr):
     """The factor of each row's loss; 0 if it is ignored."""
     if sample_weight_ptr is None:
         return tl.where(counted, 1.0, 0.0).to(ACC)
