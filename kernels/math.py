@@ -160,9 +160,9 @@ def row_factor(s, mass, counted):
 
 
 @triton.jit
-def row_gradient(e, factor, b):
-    """The gradient of a tile, times a scale that `factor` ([ROWS], `row_factor`) and b ([ROWS, BLOCK]) hold already."""
-    return e * factor[:, None] - b
+def row_gradient(e, factor, minus_b):
+    """The gradient of a tile, times a scale that `factor` ([ROWS], `row_factor`) and -b ([ROWS, BLOCK]) have in it."""
+    return e * factor[:, None] + minus_b
 
 
 @triton.jit

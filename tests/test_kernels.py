@@ -52,7 +52,7 @@ def small_tiles(monkeypatch):
     device = dataclasses.replace(launch.device_properties(0), processors=8)
     monkeypatch.setattr(launch, "device_properties", lambda index: device)
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
-    monkeypatch.setattr(plan, "TILES", ((64, 4),))
+    monkeypatch.setattr(plan, "LONG_ROW_THREADS", (64,))
     monkeypatch.setattr(plan, "PACKED_TILE", 256)
     for name in ("MAX_NEIGHBOURS_THREADS", "STREAMING_THREADS", "SPLIT_THREADS"):
         monkeypatch.setattr(plan, name, 64)

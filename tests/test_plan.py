@@ -144,7 +144,7 @@ def schedules(device, *widths, rows=4096, itemsize=2):
 
 def test_long_rows_stream_where_there_are_no_clusters():
     assert schedules("sm_80", 8192, 16384, 32768, 65536) == [
-        ("resident", 1, 8),
+        ("resident", 1, 4),
         ("resident", 1, 8),
         ("resident", 1, 16),
         ("streaming", 1, 16),
@@ -154,8 +154,8 @@ def test_long_rows_stream_where_there_are_no_clusters():
 def test_clusters_keep_long_rows_resident():
     """Small programs first, of which two share a processor; more than 8 to a cluster only where it must be."""
     assert schedules("sm_90 with clusters", 16384, 65536, 128256, 262144, 1 << 19, 1 << 20) == [
-        ("resident", 2, 8),
-        ("resident", 8, 8),
+        ("resident", 2, 4),
+        ("resident", 8, 4),
         ("resident", 8, 8),
         ("resident", 8, 16),
         ("resident", 16, 16),

@@ -58,10 +58,11 @@ def next_power_of_2(n):
 # Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
 # registers.
 LOGITS_PER_THREAD = 32
-# How a long row is held, (threads, logits for each), the first that fits: with 256 threads two or more programs share
-# a processor, and one loads while another stores. 32 logits take 64 to 92 registers a thread, 64 of half precision 107.
-# At most 512 threads, as one program on a processor can then use 128 registers a thread.
-TILES = ((256, 32), (256, 64), (512, 32), (512, 64))
+# Threads of a program that holds a long row, or its part in a cluster, the first that fit. With 8192 logits, of half
+# precision 64 in each of 128 threads (up to 110 registers), of float32 32 in each of 256 (64 to 92), two or more
+# programs share a processor, and one loads while another stores; where threads hold fewer, 256 are to share it. At most
+# 512, as one program on a processor can then use 128 registers a thread.
+LONG_ROW_THREADS, LONG_ROW_TILE = (128, 256, 512), 8192
 # With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
 MAX_NEIGHBOURS_THREADS = 256
 # Programs of the largest cluster that every GPU with clusters must run; larger ones, only for rows that need them.
@@ -144,11 +145,11 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
         rows = min((NARROW_TILE if width < NARROW else PACKED_TILE) // width, next_power_of_2(layout.inner))
         warps = max(rows * block // min(most, LOGITS_PER_THREAD) // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
-    for cluster, (threads, held) in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), TILES):
-        held = min(held, most)
-        num_ctas = max(block // (threads * held), 1)
-        if num_ctas <= min(cluster, largest_cluster):
-            warps = min(block // held, threads) // device.lanes
+    fewest = min(LONG_ROW_TILE, MAX_NEIGHBOURS_THREADS * most)
+    for cluster, threads in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), LONG_ROW_THREADS):
+        num_ctas = max(block // (threads * most), 1)
+        if threads * most >= fewest and num_ctas <= min(cluster, largest_cluster):
+            warps = max(min(block // most, threads) // device.lanes, 1)
             return Plan("resident", 1, block, warps, layout.rows, num_ctas, rest, edge)
     return None
 
