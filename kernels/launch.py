@@ -28,10 +28,12 @@ from ..plan import (
     is_wide,
     parts,
     plan,
+    shipped,
     vectors,
 )
 from ..problem import Made, Problem, Tensors, Wanted
 from ..reference import accumulation_dtype
+from ..tuning import TuningFile
 from .gradient import gradient as gradient_kernel
 from .gradient import rescale
 from .normalizer import normalizer_parts, sum_parts
@@ -49,6 +51,9 @@ SCHEDULE = os.environ.get("XENT_EXT_SCHEDULE")
 if SCHEDULE not in (None, *SCHEDULES):
     raise ValueError(f"XENT_EXT_SCHEDULE must be one of {', '.join(SCHEDULES)}, got {SCHEDULE!r}")
 
+# Launch numbers for one device, in place of those that the plan ships with.
+TUNING = TuningFile.read(os.environ["XENT_EXT_TUNING"]) if "XENT_EXT_TUNING" in os.environ else None
+
 # Triton's interpreter needs no GPU; plans are then those of the card that most people train on.
 INTERPRETED = Device(backend="cuda", arch=90, lanes=32, processors=132, l2_bytes=L2_BYTES[90])
 
@@ -57,14 +62,35 @@ INTERPRETED = Device(backend="cuda", arch=90, lanes=32, processors=132, l2_bytes
 def device_properties(index):
     """What the plan needs to know of the device `index`, as Triton's active driver sees it."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return INTERPRETED
+        return dataclasses.replace(INTERPRETED, tuning=tuning(INTERPRETED, device_name(index)))
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
     processors = properties["multiprocessor_count"]
     return Device(
-        target.backend, target.arch, target.warp_size, processors, l2_bytes(target, index), largest_cluster(target)
+        target.backend,
+        target.arch,
+        target.warp_size,
+        processors,
+        l2_bytes(target, index),
+        largest_cluster(target),
+        tuning(target, device_name(index)),
     )
+
+
+def device_name(index):
+    """What a file of launch numbers calls the device."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(index)
+    return f"a driver for {triton.runtime.driver.active.get_current_target().arch}"
+
+
+def tuning(target, name):
+    """The numbers of the file, if there is one, or the shipped ones."""
+    numbers = shipped(target.backend, target.arch)
+    return numbers if TUNING is None else TUNING.override(numbers, name)
 
 
 def l2_bytes(target, index):
@@ -191,6 +217,7 @@ def traffic(problem, tensors, want_gradient):
         "num_warps": plan.num_warps,
         "num_ctas": plan.num_ctas,
         "programs": plan.programs,
+        "at_once": plan.at_once or plan.programs,
     }
     memory = new + (0 if problem.inplace else gradient)
     return Traffic(plan.schedule, numbers, bytes_read=reads, bytes_written=new + gradient, memory=memory)

@@ -49,13 +49,19 @@ def small_tiles(monkeypatch):
     """Tiles of 256 logits, clusters, where there are any, of up to 4096, and few processors to split rows for."""
     from xent_ext.kernels import launch
 
-    device = dataclasses.replace(launch.device_properties(0), processors=8)
+    device = launch.device_properties(0)
+    tuning = dataclasses.replace(
+        device.tuning,
+        long_row_threads=(64,),
+        long_row_tile=256,
+        packed_tile=256,
+        neighbours_threads=64,
+        streaming_threads=64,
+        split_threads=64,
+    )
+    device = dataclasses.replace(device, processors=8, tuning=tuning)
     monkeypatch.setattr(launch, "device_properties", lambda index: device)
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
-    monkeypatch.setattr(plan, "LONG_ROW_THREADS", (64,))
-    monkeypatch.setattr(plan, "PACKED_TILE", 256)
-    for name in ("MAX_NEIGHBOURS_THREADS", "STREAMING_THREADS", "SPLIT_THREADS"):
-        monkeypatch.setattr(plan, name, 64)
 
 
 def schedule(*args, **options):

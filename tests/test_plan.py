@@ -1,8 +1,10 @@
 """The plan: launch numbers that cover every row and class, fit the device, and suit the shape."""
 
+import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,7 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xent_ext.layout import Layout, layout
-from xent_ext.plan import PARTS, ROWS_PER_PROGRAM, SCHEDULES, Device, Plan, gradient_plan, is_wide, parts, plan, vectors
+from xent_ext.plan import (
+    CHOICES,
+    PARTS,
+    ROWS_PER_PROGRAM,
+    SCHEDULES,
+    TUNINGS,
+    Device,
+    Plan,
+    Tuning,
+    gradient_plan,
+    is_wide,
+    parts,
+    plan,
+    shipped,
+    vectors,
+)
+from xent_ext.tuning import TuningFile
 
 DEVICES = {
     "sm_80": Device("cuda", 80, lanes=32, processors=108, l2_bytes=40 << 20),
@@ -83,6 +101,29 @@ def test_every_plan_covers_its_rows_and_fits_its_device(layout, dtype, device, d
     # Clusters
     assert found.num_ctas <= device.cluster
     assert found.num_ctas == 1 or found.rows == 1
+
+
+@given(
+    layouts(),
+    dtypes,
+    st.sampled_from(list(DEVICES.values())),
+    st.booleans(),
+    st.fixed_dictionaries({name: st.sampled_from(choices) for name, choices in CHOICES.items()}),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_plans_of_any_tuning_cover_their_rows_and_can_be_launched(layout, dtype, device, dense, numbers):
+    """Registers are left to the compiler: `python -m bench tune` keeps nothing that spills."""
+    device = replace(device, tuning=Tuning("a test", **numbers))
+    for schedule in (None, "streaming"):
+        found = plan(layout, *dtype, device, dense, schedule=schedule)
+        assert is_power_of_2(found.rows)
+        assert is_power_of_2(found.block)
+        assert is_power_of_2(found.num_warps)
+        assert found.num_warps * device.lanes <= 1024
+        assert found.programs == layout.outer * math.ceil(layout.inner / found.rows)
+        if found.schedule == "resident":
+            body = layout.classes // found.edge * found.edge if found.edge else layout.classes - found.rest
+            assert body <= found.block
 
 
 @devices
@@ -212,6 +253,85 @@ def test_wide_wavefronts_come_in_half_as_many(classes):
     """1024 threads are all that launch: 32 warps of 32, or 16 of 64."""
     warps = {name: plan(contiguous(4096, classes), 2, 4, device).num_warps for name, device in DEVICES.items()}
     assert warps["gfx942"] == max(warps["sm_90"] // 2, 1)
+
+
+# --- The launch numbers of a device
+
+
+@pytest.mark.parametrize(("backend", "arch"), [(backend, arch) for backend in TUNINGS for arch in TUNINGS[backend]])
+def test_shipped_numbers_are_among_the_choices_and_say_where_they_are_from(backend, arch):
+    tuning = asdict(shipped(backend, arch))
+    assert tuning.pop("source") in ("modelled", "compiled")
+    assert all(value in CHOICES[name] for name, value in tuning.items())
+    assert tuning.keys() == CHOICES.keys()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "source"),
+    [
+        ("cuda", 89, "modelled for 80, not 89"),
+        ("cuda", 120, "modelled for 100, not 120"),
+        ("cuda", 75, "modelled for 80, not 75"),
+        ("hip", "gfx1100", "compiled for gfx942, not gfx1100"),
+    ],
+)
+def test_an_architecture_without_numbers_has_those_of_its_nearest(backend, arch, source):
+    assert shipped(backend, arch).source == source
+
+
+@pytest.fixture
+def tuning_file(tmp_path):
+    def write(**tuning):
+        path = tmp_path / "tuning.json"
+        path.write_text(json.dumps({"device": "a GPU", "tuning": tuning, "found": "somehow"}))
+        return str(path)
+
+    return write
+
+
+def test_a_file_overrides_what_it_names(tuning_file):
+    path = tuning_file(packed_tile=1024, long_row_threads=[256, 512])
+    found = TuningFile.read(path).override(shipped("cuda", 90), "a GPU")
+    assert found == replace(shipped("cuda", 90), source=f"from {path}", packed_tile=1024, long_row_threads=(256, 512))
+    before, after = (replace(DEVICES["sm_90"], tuning=tuning) for tuning in (shipped("cuda", 90), found))
+    assert plan(contiguous(4096, 1000), 2, 4, before).rows == 2
+    assert plan(contiguous(4096, 1000), 2, 4, after).rows == 1
+
+
+def test_a_file_of_all_fields_is_what_it_was_written_from(tuning_file):
+    tuning = Tuning("measured on a GPU", **{name: choices[-1] for name, choices in CHOICES.items()})
+    assert TuningFile.read(tuning_file(**asdict(tuning))).override(shipped("cuda", 80), "a GPU") == tuning
+    assert len({tuning, shipped("cuda", 80)}) == 2  # plans are looked up by it
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ({"tile": 1024}, "no choice is called 'tile', but logits_per_thread, long_row_threads, "),
+        ({"packed_tile": 1000}, "packed_tile must be one of 2048, 1024, 4096, got 1000"),
+        ({"packed_tile": 2048.0}, "packed_tile must be one of 2048, 1024, 4096, got 2048.0"),
+        ({"usable_l2": True}, "usable_l2 must be one of .*, got true"),
+        ({"source": None}, "source must be a string, got None"),
+        ({"long_row_threads": 256}, r"long_row_threads must be one of \[128, 256, 512\], .*, got 256"),
+    ],
+)
+def test_a_file_of_other_numbers_is_refused(tuning, message, tuning_file):
+    with pytest.raises(ValueError, match=message):
+        TuningFile.read(tuning_file(**tuning))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": 1, "tuning": {}}', '{"device": "a GPU", "tuning": []}'])
+def test_what_is_no_tuning_file_is_refused(text, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match='other.json must be JSON with "device", a name, and "tuning", an object'):
+        TuningFile.read(path)
+
+
+def test_a_file_for_another_device_is_refused(tuning_file):
+    file = TuningFile.read(tuning_file())
+    with pytest.raises(ValueError, match="is for 'a GPU', but the logits are on 'another'"):
+        file.override(shipped("cuda", 90), "another")
 
 
 # --- Offsets and alignment

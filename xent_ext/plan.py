@@ -1,12 +1,76 @@
 """From (rows, classes, strides, dtype, device) to a schedule and its launch numbers.
 
 Everything here is a pure function of plain numbers, so that it can be read and tested without a GPU. Each number
-stands beside the reason for it.
+stands beside the reason for it. Those that suit one GPU better than another are a `Tuning`.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
+
+
+def choice(default, *others):
+    """A field of `Tuning`, with what else it may be."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The launch numbers that depend on how fast a GPU does what, each with the reason for the one that is shipped.
+
+    Plans made of any of the choices cover their rows and can be launched. Whether the compiler spills registers then,
+    and which is fastest, `python -m bench tune` finds out; it tries these choices and no others.
+    """
+
+    source: str  # where the numbers come from: "modelled", "compiled" (only registers counted) or "measured on ..."
+    # Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about
+    # 64 registers.
+    logits_per_thread: int = choice(32, 8, 16, 64)
+    # Threads of a program that holds a long row, or its part in a cluster, the first that fit and hold such a tile.
+    # With 8192 logits, of half precision 64 in each of 128 threads (up to 110 registers), of float32 32 in each of 256
+    # (64 to 92), two or more programs share a processor, and one loads while another stores. At most 512, as one
+    # program on a processor can then use 128 registers a thread.
+    long_row_threads: tuple = choice((128, 256, 512), (256, 512), (512,), (128, 256))
+    long_row_tile: int = choice(8192, 4096, 16384)
+    # Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows
+    # every thread does what belongs to a row for more of them. Narrow rows (and images, whose rows are neighbours) need
+    # more of them to fill lines of targets.
+    packed_tile: int = choice(2048, 1024, 4096)
+    narrow_tile: int = choice(4096, 2048, 8192)
+    # With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
+    neighbours_threads: int = choice(256, 128, 512)
+    # Streaming programs share a processor with none or one other: 64 registers a thread. With a dense target mass they
+    # are smaller, as the compiler would rather spill some than use more than that.
+    streaming_threads: int = choice(512, 256, 1024)
+    streamed_logits: int = choice(16, 8, 32)
+    # A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
+    streamed_rows: int = choice(64, 32, 128)
+    # The share of L2 that streaming counts on: its halves hold copies of each other's lines, and other things live
+    # there.
+    usable_l2: float = choice(0.6, 0.3, 0.45, 0.8, 1.0)
+    # Few rows: small programs, so that a row of 150,000 classes keeps 37 of them busy.
+    split_threads: int = choice(256, 128, 512)
+    split_logits: int = choice(16, 8, 32)
+
+
+CHOICES = {each.name: each.metadata["choices"] for each in fields(Tuning) if "choices" in each.metadata}
+
+# The model of A100, H100 and B200 (bench/TUNING.md) gave no reason to tune one otherwise than another: they differ in
+# processors, cache and clusters, which are facts of the `Device`. gfx942 was only compiled for, and spills nothing with
+# the same numbers; its wavefronts of 64 lanes are facts of the device, too.
+MODELLED = Tuning("modelled")
+TUNINGS = {
+    "cuda": {80: MODELLED, 90: MODELLED, 100: MODELLED},
+    "hip": {"gfx942": replace(MODELLED, source="compiled")},
+}
+
+
+def shipped(backend, arch):
+    """The tuning for an architecture, or for the newest of those before it that have one, or else for the oldest."""
+    known = TUNINGS[backend]
+    nearest = arch if arch in known else max((older for older in known if older < arch), default=min(known))
+    tuning = known[nearest]
+    return tuning if nearest == arch else replace(tuning, source=f"{tuning.source} for {nearest}, not {arch}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +83,7 @@ class Device:
     processors: int  # streaming multiprocessors or compute units
     l2_bytes: int  # of the last level of cache
     cluster: int = 1  # programs that can share a row through distributed shared memory
+    tuning: Tuning = MODELLED
 
 
 @dataclass(frozen=True)
@@ -55,22 +120,14 @@ def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# Threads hold this many logits each where the tile allows it: four 128-bit loads of bfloat16 in flight, and about 64
-# registers.
-LOGITS_PER_THREAD = 32
-# Threads of a program that holds a long row, or its part in a cluster, the first that fit. With 8192 logits, of half
-# precision 64 in each of 128 threads (up to 110 registers), of float32 32 in each of 256 (64 to 92), two or more
-# programs share a processor, and one loads while another stores; where threads hold fewer, 256 are to share it. At most
-# 512, as one program on a processor can then use 128 registers a thread.
-LONG_ROW_THREADS, LONG_ROW_TILE = (128, 256, 512), 8192
-# With rows side by side a thread keeps what belongs to a row for each of a whole vector of rows: more registers.
-MAX_NEIGHBOURS_THREADS = 256
+# A program's threads, at most.
+MOST_THREADS = 1024
+# Threads that share a long row at least, where each can hold only few of its logits.
+SHARING_THREADS = 256
 # Programs of the largest cluster that every GPU with clusters must run; larger ones, only for rows that need them.
 PORTABLE_CLUSTER = 8
-# Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows
-# every thread does what belongs to a row for more of them. Narrow rows need more of them to fill lines of targets.
-PACKED_TILE = 2048
-NARROW, NARROW_TILE = 128, 4096
+# Rows of fewer classes are packed in tiles of another size.
+NARROW = 128
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
 # this many bytes of rows wide, or it fetches what it does not use.
 SECTOR = 32
@@ -80,17 +137,8 @@ FULL = 0.625
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
 LONG_ROW = 4096
-# Streaming programs share a processor with none or one other: 64 registers a thread. With a dense target mass they are
-# smaller, as the compiler would rather spill some than use more than that.
-STREAMING_THREADS, STREAMED_LOGITS = 512, 16
-# Few rows: small programs, so that a row of 150,000 classes keeps 37 of them busy.
-SPLIT_THREADS, SPLIT_LOGITS = 256, 16
-# The share of L2 that streaming counts on: its halves hold copies of each other's lines, and other things live there.
-USABLE_L2 = 0.6
-# Its size where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
+# The size of L2 where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
 L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20, "gfx942": 256 << 20}
-# A streamed tile of strided classes: 128 bytes of bfloat16 rows, a full line, by 128 classes.
-STREAMED_ROWS = 64
 
 
 def most_logits_per_thread(layout, itemsize, accumulated, dense, edge):
@@ -112,6 +160,7 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
     Args:
         itemsize: bytes of a logit.
         accumulated: bytes of the dtype that is computed in.
+        device: its tuning is the shipped one, or that of the file that XENT_EXT_TUNING names.
         dense: whether every class has target mass: class probabilities, or label smoothing.
         aligned: whether every tensor starts on 16 bytes.
         schedule: one of SCHEDULES to have that one; ValueError where it cannot be.
@@ -140,15 +189,17 @@ def cannot(schedule, layout):
 
 def resident(layout, most, device, block, rest, edge, largest_cluster):
     """Rows in registers, several to a program or one to a program or a cluster of them; None for rows too long."""
-    width = next_power_of_2(block + rest)
-    if width <= PACKED_TILE:
-        rows = min((NARROW_TILE if width < NARROW else PACKED_TILE) // width, next_power_of_2(layout.inner))
-        warps = max(rows * block // min(most, LOGITS_PER_THREAD) // device.lanes, 1)
+    tuning, width = device.tuning, next_power_of_2(block + rest)
+    if width <= tuning.packed_tile:
+        held = min(most, tuning.logits_per_thread)
+        tile = min(tuning.narrow_tile if width < NARROW else tuning.packed_tile, MOST_THREADS * held)
+        rows = min(tile // width, next_power_of_2(layout.inner))
+        warps = max(rows * block // held // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
-    fewest = min(LONG_ROW_TILE, MAX_NEIGHBOURS_THREADS * most)
-    for cluster, threads in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), LONG_ROW_THREADS):
+    fewest = min(tuning.long_row_tile // most, SHARING_THREADS)
+    for cluster, threads in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), tuning.long_row_threads):
         num_ctas = max(block // (threads * most), 1)
-        if threads * most >= fewest and num_ctas <= min(cluster, largest_cluster):
+        if threads >= fewest and num_ctas <= min(cluster, largest_cluster):
             warps = max(min(block // most, threads) // device.lanes, 1)
             return Plan("resident", 1, block, warps, layout.rows, num_ctas, rest, edge)
     return None
@@ -156,32 +207,33 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
 
 def resident_neighbours(layout, itemsize, most, device, block, rest):
     """`resident` where neighbours in memory are rows, as the pixels of images are."""
-    threads = MAX_NEIGHBOURS_THREADS
+    tuning, threads = device.tuning, device.tuning.neighbours_threads
     inner = next_power_of_2(layout.inner)
     fewest = min(SECTOR // itemsize, inner)
     width = next_power_of_2(block + rest)
     if width * fewest > threads * most:
         return None
-    rows = min(max(NARROW_TILE // width, fewest), inner)
-    warps = min(max(rows * block // min(most, LOGITS_PER_THREAD), device.lanes), threads) // device.lanes
+    rows = min(max(tuning.narrow_tile // width, fewest), inner)
+    warps = min(max(rows * block // min(most, tuning.logits_per_thread), device.lanes), threads) // device.lanes
     return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest)
 
 
 def split(layout, most, device, edge):
     """Each row shared by as many programs as leave no processor idle."""
     splits = next_power_of_2(-(-device.processors // max(layout.rows, 1)))
-    block, warps = SPLIT_THREADS * min(most, SPLIT_LOGITS), SPLIT_THREADS // device.lanes
-    programs = layout.rows
+    threads, programs = device.tuning.split_threads, layout.rows
+    block, warps = threads * min(most, device.tuning.split_logits), threads // device.lanes
     return Plan("split", 1, block, warps, programs, rest=2 * edge, edge=edge, at_once=programs * splits, splits=splits)
 
 
 def streaming(layout, itemsize, most, device, edge, neighbours, dense):
     """A loop over each row, or over some that are neighbours in memory."""
+    tuning = device.tuning
     if neighbours:
-        threads, held = MAX_NEIGHBOURS_THREADS, LOGITS_PER_THREAD
-        rows = min(STREAMED_ROWS, next_power_of_2(layout.inner))
+        threads, held = tuning.neighbours_threads, tuning.logits_per_thread
+        rows = min(tuning.streamed_rows, next_power_of_2(layout.inner))
     else:
-        threads, held, rows = STREAMING_THREADS, STREAMED_LOGITS, 1
+        threads, held, rows = tuning.streaming_threads, tuning.streamed_logits, 1
         if dense:
             threads, held = threads // 2, held // 2
     return Plan(
@@ -203,7 +255,7 @@ def streams(logits, itemsize, device):
     that again and written its gradient, so it has made three accesses to at most a row. With too few processors at
     work their instructions take longer than the memory: half of them can feed it in half precision, a quarter else.
     """
-    fitting = int(USABLE_L2 * device.l2_bytes) // (3 * logits * itemsize)
+    fitting = int(device.tuning.usable_l2 * device.l2_bytes) // (3 * logits * itemsize)
     return max(min(fitting, device.processors), device.processors // itemsize)
 
 
