@@ -1,12 +1,15 @@
 """Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
     __main__       the command line: a command is a module of this package
-    run, memory, traffic, overhead, train, kernels, plot, compare: the commands; *_report: what their results look like
+    run, memory, traffic, overhead, train, tune, kernels, plot, compare
+                   the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation
     shapes, tasks  what is measured: logits, and models to train
     case, workers  the calls themselves, and the processes they run in
     machine        the machine, its clock and its memory
     report         tables, JSON, and the page of a folder's results
+    search, candidate
+                   the search of `tune`, and the launch numbers that it tries put to work
     offline, assembly: compiling for a GPU that need not be there
 
 Most commands need the `bench` extra: `pip install -e ".[bench]"`.

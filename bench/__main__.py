@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss",
     "plot": "draw the plots of a folder's results again, and its page",
     "compare": "compare two results, with an exit status for what became slower",
+    "tune": "search the launch numbers for a GPU; without one, print what the plan chooses",
     "kernels": "compile every variant of the kernels, without a GPU",
 }
 # Without a command: what takes about two minutes.

@@ -33,12 +33,17 @@ def describe(kernel) -> dict:
     nvidia = "cubin" in kernel.asm
     text = kernel.asm["ptx" if nvidia else "amdgcn"]
     return {
-        **(nvidia_resources(kernel) if nvidia else amd_resources(text)),
+        **resources(kernel),
         "shared_bytes": kernel.metadata.shared,
         "code_bytes": code_bytes(kernel.asm["cubin" if nvidia else "hsaco"]),
         "accesses": accesses(kernel),
         "wide": {kind: len(pattern.findall(text)) for kind, pattern in WIDE.items()},
     }
+
+
+def resources(kernel) -> dict:
+    """Registers and spills."""
+    return nvidia_resources(kernel) if "cubin" in kernel.asm else amd_resources(kernel.asm["amdgcn"])
 
 
 def nvidia_resources(kernel) -> dict:

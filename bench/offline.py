@@ -87,6 +87,7 @@ def target(backend, arch):
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
         mock.patch.object(launch, "clusters_work", return_value=True),  # it would run them to see
+        mock.patch.object(launch, "TUNING", None),  # which is for a device that is there
     ):
         triton.runtime.driver.set_active(Driver(backend, arch))
         launch.device_properties.cache_clear()

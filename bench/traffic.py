@@ -116,9 +116,9 @@ def planned() -> list[dict]:
     return rows
 
 
-def plan(shape, dtype: str) -> dict:
-    logits = torch.empty(shape, dtype=getattr(torch, dtype), requires_grad=True)
-    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+def plan(shape, dtype: str, device="cpu") -> dict:
+    logits = torch.empty(shape, dtype=getattr(torch, dtype), device=device, requires_grad=True)
+    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device=device)
     with contextlib.redirect_stdout(io.StringIO()):
         traffic = xent_ext.explain(logits, target).traffic
     return {

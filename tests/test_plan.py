@@ -324,7 +324,7 @@ def test_a_file_of_other_numbers_is_refused(tuning, message, tuning_file):
 def test_what_is_no_tuning_file_is_refused(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match='other.json must be JSON with "device", a name, and "tuning", an object'):
+    with pytest.raises(ValueError, match=r'other\.json must be JSON with "device", a name, and "tuning", an object'):
         TuningFile.read(path)
 
 

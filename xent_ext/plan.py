@@ -83,7 +83,7 @@ class Device:
     processors: int  # streaming multiprocessors or compute units
     l2_bytes: int  # of the last level of cache
     cluster: int = 1  # programs that can share a row through distributed shared memory
-    tuning: Tuning = MODELLED
+    tuning: Tuning = MODELLED  # the launch numbers that suit it
 
 
 @dataclass(frozen=True)
