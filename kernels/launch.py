@@ -31,7 +31,7 @@ from ..plan import (
     shipped,
     vectors,
 )
-from ..problem import Made, Problem, Tensors, Wanted
+from ..problem import Made, Problem, Tensors, Wanted, number
 from ..reference import accumulation_dtype
 from ..tuning import TuningFile
 from .gradient import gradient as gradient_kernel
@@ -266,6 +266,7 @@ class Call:
             or problem.label_smoothing > 0
             or problem.softcap
             or problem.stats
+            or self.tensors.softcap is not None
             or self.tensors.logit_scale is not None
         )
         aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (self.x, self.q))
@@ -491,20 +492,21 @@ class Call:
             SPLITS=after.splits,
         )  # fmt: skip
 
-    def option(self, value):
-        return None if value is None else constant(value, self.acc, self.device)
+    def number(self, name):
+        """One of `NUMBERS` on the device; None where it changes nothing."""
+        value = number(name, self.problem, self.tensors)
+        if isinstance(value, torch.Tensor):
+            return value
+        return None if value == getattr(Problem, name) else constant(value, self.acc, self.device)
 
     def arguments(self, plan, memory, slope, normalizer, upstream):
         """What the schedules' kernels have in common."""
         problem = self.problem
-        scale = self.tensors.logit_scale
-        if scale is None and problem.logit_scale != 1:
-            scale = self.option(problem.logit_scale)
         return {
             **self.counted(), **self.divided(normalizer), **numbers(problem, self.layout, plan, self.x.element_size()),
             "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream,
-            "logit_scale_ptr": scale, "softcap_ptr": self.option(problem.softcap),
-            "z_loss_ptr": self.option(problem.z_loss or None),
+            "logit_scale_ptr": self.number("logit_scale"), "softcap_ptr": self.number("softcap"),
+            "z_loss_ptr": self.number("z_loss"),
             "grad_ptr": None if memory is None else visible(problem, memory), "slope_ptr": slope,
         }  # fmt: skip
 

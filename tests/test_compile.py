@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import xent_ext
 from xent_ext import dispatch, ops
+from xent_ext.autograd import upstream_of
 from xent_ext.functional import describe
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -317,13 +318,16 @@ def test_errors(fused, device, target, options, error):
 # --- The operators
 
 
-def opcheck(input, target, weight, reduction, **which):
-    problem, tensors = describe(None, input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1)
+def opcheck(input, target, weight, reduction, options=None, **which):
+    """Check both operators: with gradients for all that require one, from the loss and from all statistics."""
+    problem, tensors = describe(options, input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1)
     arguments = ops.arguments(problem, tensors)
     torch.library.opcheck(torch.ops.xent_ext.forward.default, arguments, **which)
+    needed = [tensor is not None and tensor.requires_grad for tensor in tensors]
     with torch.no_grad():
-        upstream = torch.ones_like(torch.ops.xent_ext.forward(*arguments))
-        torch.library.opcheck(torch.ops.xent_ext.backward.default, (upstream, *arguments), **which)
+        loss, stats = torch.ops.xent_ext.forward(*arguments)
+        upstream = upstream_of(problem, torch.ones_like(loss), [torch.ones_like(stat) for stat in stats])
+        torch.library.opcheck(torch.ops.xent_ext.backward.default, (*upstream, *arguments, needed), **which)
 
 
 @both_targets

@@ -17,6 +17,7 @@ from test_options import (
     combinations,
     each_option,
     flat,
+    on,
     outcome,
     plain,
 )
@@ -44,12 +45,7 @@ def shapes(request, monkeypatch):
 
 def on_device(args):
     """The arguments of a call, on the device that the kernels run on."""
-    return {
-        name: value.detach().to(DEVICE).requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in args.items()
-    }
+    return on(DEVICE, args)
 
 
 def compare(args, upstreams=("loss", *DIFFERENTIABLE), **tolerances):

@@ -106,10 +106,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, implementation, expectation, *tensors):
         tensors = Tensors(*tensors)
-        needed = Tensors(*ctx.needs_input_grad[3:])
-        ctx.wanted = Wanted(
-            gradient=needed.input or needed.logit_scale, slope=needed.logit_scale, losses=needed.sample_weight
-        )
+        ctx.wanted = wanted(Tensors(*ctx.needs_input_grad[3:]))
         ctx.expected = expectation.get(tensors.input)
         if problem.inplace:
             ctx.expected = divisor(ctx.expected)
@@ -119,21 +116,18 @@ class CrossEntropy(torch.autograd.Function):
         ctx.made, ctx.slope = made.gradient, made.slope
         ctx.problem, ctx.implementation, ctx.expectation = problem, implementation, expectation
         ctx.set_materialize_grads(False)
-        flat = (name not in Upstream._fields for name in problem.stats)
-        ctx.mark_non_differentiable(*(value for value, is_flat in zip(made.stats, flat, strict=True) if is_flat))
+        ctx.mark_non_differentiable(*flat(problem, made.stats))
         return made.loss, *made.stats
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        upstream = Upstream(
-            loss, **{name: up for name, up in zip(ctx.problem.stats, stats, strict=True) if name in Upstream._fields}
-        )
+        upstream = upstream_of(ctx.problem, loss, stats)
         if loss is None and not upstream.has_stats():
             return (None,) * (3 + len(Tensors._fields))
         *tensors, losses, normalizer, summary = ctx.saved_tensors
         tensors = Tensors(*tensors)
         made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
-        plain = torch.is_grad_enabled() or any(is_batched(up) for up in upstream if up is not None)
+        plain = must_be_plain(upstream)
         if ctx.problem.inplace:
             refuse(ctx, plain, upstream)
         needed = Tensors(*ctx.needs_input_grad[3:])
@@ -141,6 +135,28 @@ class CrossEntropy(torch.autograd.Function):
             return None, None, None, *differentiable_gradients(ctx.problem, tensors, needed, upstream)
         ctx.made = ctx.slope = None
         return None, None, None, *gradients(ctx, tensors, needed, made, upstream)
+
+
+def wanted(needed):
+    """What the forward pass is to make for the gradients that are needed, `Tensors` of bools."""
+    return Wanted(gradient=needed.input or needed.logit_scale, slope=needed.logit_scale, losses=needed.sample_weight)
+
+
+def flat(problem, stats):
+    """Those of the statistics that have no gradient."""
+    return [value for name, value in zip(problem.stats, stats, strict=True) if name not in Upstream._fields]
+
+
+def upstream_of(problem, loss, stats):
+    """The gradients that come of the loss and of each of the statistics, as `Upstream`."""
+    return Upstream(
+        loss, **{name: up for name, up in zip(problem.stats, stats, strict=True) if name in Upstream._fields}
+    )
+
+
+def must_be_plain(upstream):
+    """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be."""
+    return torch.is_grad_enabled() or any(is_batched(up) for up in upstream if up is not None)
 
 
 def gradients(ctx, tensors, needed, made, upstream):

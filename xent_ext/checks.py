@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from .layout import batch_shape
+from .layout import batch_shape, class_axis, visible
 from .problem import CrossEntropyStats
 
 try:
@@ -320,7 +320,7 @@ def _check_number(name, value):
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (float, int, *_NUMPY_SCALARS)):
         or_tensor = " or a 0-dim tensor" if name in ("logit_scale", "normalizer") else ""
         raise TypeError(f"{name} must be a number{or_tensor}, got {_described(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # a graph's symbolic numbers can be compared, but not given to isfinite
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -376,7 +376,8 @@ def check_option_tensors(options, input, seen, target, sample_weight):
         raise RuntimeError("normalizer must not require grad: no gradient flows to it")
     if sample_weight is not None:
         _check_sample_weight(sample_weight, seen, target)
-    if options.inplace and torch.is_grad_enabled() and input.requires_grad:
+    # A graph overwrites nothing, and can't ask about views.
+    if options.inplace and not torch.compiler.is_compiling() and torch.is_grad_enabled() and input.requires_grad:
         _check_inplace(input)
 
 
@@ -403,6 +404,13 @@ def _check_inplace(input):
                 f"strides {input.stride()}"
             )
         end += (size - 1) * stride
+
+
+def bad_class(problem, tensors):
+    """`bad_target` for a call with class indices."""
+    if not problem.probabilities:
+        shape = visible(problem, tensors.input).shape
+        bad_target(tensors.target, shape[class_axis(shape)], problem.ignore_index)
 
 
 def bad_target(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 
 from . import checks
-from .layout import arrange_call, batch_shape, class_axis, gradient_memory, visible
+from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
-from .problem import Made, Upstream
+from .problem import NUMBERS, Made, Upstream, number
 from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
@@ -39,9 +39,7 @@ def forward(problem, tensors, wanted, expected):
 
     The gradient is made now where the reduction is "mean" or "sum", and a gradient is wanted.
     """
-    if not problem.probabilities:
-        classes = visible(problem, tensors.input).shape
-        checks.bad_target(tensors.target, classes[class_axis(classes)], problem.ignore_index)
+    checks.bad_class(problem, tensors)
     rows = Rows(problem, tensors)
     now = problem.reduction != "none"
     gradient = rows.gradient_memory() if wanted.gradient and now else None
@@ -157,10 +155,10 @@ class Rows:
         if tensors.sample_weight is not None:
             f = self.by_row(tensors.sample_weight)
             self.sample_weight = f if self.ignored is None else f.masked_fill(self.ignored, 0)
-        self.scale = problem.logit_scale if tensors.logit_scale is None else tensors.logit_scale
+        self.scale, self.softcap, self.z_loss = (number(name, problem, tensors) for name in NUMBERS)
         self.scaled = tensors.logit_scale is not None or problem.logit_scale != 1
         self.dense = problem.probabilities or problem.label_smoothing > 0
-        special = self.scaled or problem.softcap or problem.z_loss or problem.stats or problem.inplace
+        special = self.scaled or self.softcap or self.z_loss or problem.stats or problem.inplace
         self.by_softmax = not self.dense and self.layout.classes >= SOFTMAX_WIDTH and not special
 
     def gradient_memory(self):
@@ -248,8 +246,8 @@ class Rows:
         losses = row.mass * row.s.log() - row.dot
         if self.by_softmax:
             self.correct_unlikely(losses, row)
-        if self.problem.z_loss:
-            losses.add_(self.lse(row).square_(), alpha=self.problem.z_loss)
+        if self.z_loss:
+            losses.add_(self.lse(row).square_(), alpha=self.z_loss)
         found = [self.stat(name, row, extras) for name in stats]
         return self.blanked(losses), found, self.blanked(extras.get("slope"))
 
@@ -342,7 +340,7 @@ class Rows:
 
     def transformed(self, x, e):
         """z, in e where it is not x, and z / softcap if there is a cap."""
-        cap = self.problem.softcap
+        cap = self.softcap
         if cap is None:
             return torch.mul(x, self.scale, out=e) if self.scaled else x, None
         capped = torch.mul(x, self.scale / cap, out=buffer(x, self.acc, "capped")).tanh_()
@@ -408,8 +406,8 @@ class Rows:
     def scale_by_mass(self, e, total, q, row, more):
         """Multiply the exponentials by what the gradient has of each p, over their `total`."""
         mass = row.mass * row.scale
-        if self.problem.z_loss:
-            mass += 2 * self.problem.z_loss * self.lse(row) * row.scale
+        if self.z_loss:
+            mass += 2 * self.z_loss * self.lse(row) * row.scale
         if "lse_upstream" in more:
             mass += more["lse_upstream"]
         if "logprob_upstream" in more:

@@ -101,7 +101,7 @@ def supported_route(tensors, with_options):
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if not with_options and is_small(input):
+    if (torch.compiler.is_compiling() or not with_options) and is_small(input):
         return (
             "torch",
             "few logits, half precision images, or a compiled graph, on a CPU, where PyTorch's own is faster",

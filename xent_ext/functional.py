@@ -10,7 +10,7 @@ from torch.nn._reduction import get_enum
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from . import autograd, checks, dispatch, ops, reference
-from .layout import batch_shape, class_axis, visible
+from .layout import batch_shape
 from .problem import CrossEntropyStats, Problem, Tensors
 
 # Kept here, so that what stands under this name later does not matter.
@@ -147,7 +147,7 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
         if any(isinstance(tensor, torch.Tensor) and dispatch.has_unknown_size(tensor) for tensor in (input, target)):
             return _torch_cross_entropy(*arguments)
         name, _, problem, tensors = prepare(None, *arguments)
-        return _torch_cross_entropy(*arguments) if name == "torch" else ops.loss(problem, tensors)
+        return _torch_cross_entropy(*arguments) if name == "torch" else ops.loss(problem, tensors)[0]
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
     if dispatch.is_small(input):
@@ -172,11 +172,10 @@ def with_options(owner, options, *arguments):
     relevant = (*arguments[:3], options.sample_weight, options.normalizer, options.logit_scale)
     if has_torch_function(relevant):
         return handle_torch_function(cross_entropy, relevant, *arguments, **options._asdict())
+    name, _, problem, tensors = prepare(options, *arguments)
     if torch.compiler.is_compiling():
-        problem, tensors = describe(options, *arguments)
-        loss, stats = reference.compute(problem, tensors)
+        loss, stats = (reference.compute if name == "plain" else ops.loss)(problem, tensors)
     else:
-        name, _, problem, tensors = prepare(options, *arguments)
         try:
             loss, stats = reference.compute(problem, tensors) if name == "plain" else run(owner, name, problem, tensors)
         except Exception:
@@ -208,9 +207,8 @@ def prepare(options, *arguments, check_values=False):
     problem, tensors = describe(options, *arguments)
     name, reason = dispatch.route(tensors, options is not None)
     check_values = check_values or (dispatch.CHECK and name != "torch" and not torch.compiler.is_compiling())
-    if check_values and not problem.probabilities:
-        shape = visible(problem, tensors.input).shape
-        checks.bad_target(tensors.target, shape[class_axis(shape)], problem.ignore_index)
+    if check_values:
+        checks.bad_class(problem, tensors)
     return name, reason, problem, tensors
 
 
@@ -256,7 +254,7 @@ def with_options_filled_in(problem, tensors, options, batch, sample_weight):
     scale, normalizer = options.logit_scale, options.normalizer
     scale_is_tensor = isinstance(scale, torch.Tensor)
     if normalizer is not None and not isinstance(normalizer, torch.Tensor):
-        normalizer = torch.full((), normalizer, dtype=acc, device=device)
+        normalizer = ops.scalar(normalizer, acc, device)
     names = checks.stat_names(options.return_stats)
     problem = dataclasses.replace(
         problem,

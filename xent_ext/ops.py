@@ -1,94 +1,157 @@
 """What compiled graphs hold in place of autograd's Function: the loss as operators of `torch.library`.
 
-    forward     the loss
-    backward    the gradient
+    forward     the loss, and a list of the statistics that are asked for
+    backward    a list of the gradients that are needed; for that of `sample_weight` the row losses, of which it is made
 
 A compiler settles before anything runs which operator owns which memory. It can't be told that the gradient made in the
 forward pass is the one to hand over if, and only if, the upstream gradient turns out to be the one that was expected.
 So here `backward` makes the gradient, for whatever upstream gradient comes, and only the logits are kept until then.
+Nor is anything done in place: with `inplace`, too, the logits stay what they are.
 
 The fake kernels say which shapes come out, and look at no size: a graph holds for every batch size.
 """
 
-from dataclasses import MISSING, fields
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from . import autograd, checks, dispatch
-from .layout import batch_shape, class_axis, gradient_stride
-from .problem import Problem, Tensors, Upstream, Wanted
+from .layout import batch_shape, gradient_stride, visible
+from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted
 from .reference import accumulation_dtype
 
-# The options of PyTorch's loss have no default; those for training are left to the plain formula in a graph.
-_NAMES = tuple(field.name for field in fields(Problem) if field.default is MISSING)
-_SCHEMA_TYPES = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType"}
-_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(Problem) if field.name in _NAMES)
-_TENSORS = "Tensor input, Tensor target, Tensor? weight"
+_TYPES = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
+_TYPES |= {Tensor: "Tensor", Tensor | None: "Tensor?"}
+_OPTIONS = {
+    field.name: field.type for field in dataclasses.fields(Problem) if field.name not in (*Tensors._fields, "inplace")
+}
+_CALL, _UPSTREAM = (
+    ", ".join(f"{_TYPES[type_]} {name}" for name, type_ in fields.items())
+    for fields in (Tensors.__annotations__ | _OPTIONS, Upstream.__annotations__)
+)
 
 
 def loss(problem, tensors):
-    """The loss in a graph."""
+    """The loss in a graph, and a list of statistics."""
     return torch.ops.xent_ext.forward(*arguments(problem, tensors))
 
 
 def arguments(problem, tensors):
-    """What the operators take, one by one."""
-    return (*tensors[:3], *(getattr(problem, name) for name in _NAMES))
+    """A call as the operators take it: with tensors for `NUMBERS`."""
+    dtype, device = accumulation_dtype(problem.dtype), tensors.input.device
+    for name in NUMBERS:
+        value = getattr(problem, name)
+        if value != getattr(Problem, name):
+            tensors = tensors._replace(**{name: scalar(value, dtype, device)})
+    return *tensors, *(getattr(problem, name) for name in _OPTIONS)
 
 
-@torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({_TENSORS}, {_OPTIONS}) -> Tensor")
-def forward(input, target, weight, *values):
-    problem = Problem(*values)
-    if dispatch.CHECK and not problem.probabilities:
-        checks.bad_target(target, input.shape[class_axis(input.shape)], problem.ignore_index)
-    implementation = dispatch.implementation_for(input)
-    return implementation.forward(problem, Tensors(input, target, weight), Wanted(), None).loss
+def scalar(value, dtype, device):
+    """A number as a 0-dim tensor."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # A number given to `torch.full`, or to an operator, has a graph for itself alone.
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def call(arguments):
+    """What `arguments` was made from."""
+    count = len(Tensors._fields)
+    options = dict(zip(_OPTIONS, arguments[count:], strict=True))
+    return Problem(**{**options, "stats": tuple(options["stats"])}), Tensors(*arguments[:count])
+
+
+@torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor[])")
+def forward(*arguments):
+    problem, tensors = call(arguments)
+    if dispatch.CHECK:
+        checks.bad_class(problem, tensors)
+    made = dispatch.implementation_for(tensors.input).forward(problem, tensors, Wanted(), None)
+    return made.loss, [stat.clone() for stat in made.stats]  # what an operator returns must not share memory
 
 
 @forward.register_fake
-def _(input, target, weight, *values):
-    problem = Problem(*values)
-    shape = batch_shape(input.shape) if problem.reduction == "none" else ()
-    return input.new_empty(shape, dtype=problem.dtype)
+def _(*arguments):
+    problem, tensors = call(arguments)
+    rows = batch_shape(visible(problem, tensors.input).shape)
+    dtypes = {"predicted": torch.int64, "correct": torch.bool}
+
+    def new(shape, dtype):
+        return tensors.input.new_empty(shape, dtype=dtype)
+
+    loss = new(rows if problem.reduction == "none" else (), problem.dtype)
+    return loss, [new(rows, dtypes.get(name, accumulation_dtype(problem.dtype))) for name in problem.stats]
 
 
 @torch.library.custom_op(
-    "xent_ext::backward", mutates_args=(), schema=f"(Tensor upstream, {_TENSORS}, {_OPTIONS}) -> Tensor"
+    "xent_ext::backward", mutates_args=(), schema=f"({_UPSTREAM}, {_CALL}, bool[] needed) -> Tensor[]"
 )
-def backward(upstream, input, target, weight, *values):
-    problem, tensors, wanted = Problem(*values), Tensors(input, target, weight), Wanted(gradient=True)
-    implementation = dispatch.implementation_for(input)
-    if problem.reduction == "none":
-        # What forward leaves for this has a size that no fake kernel knows, so that it is made here.
+def backward(*arguments):
+    count = len(Upstream._fields)
+    upstream, (problem, tensors), needed = Upstream(*arguments[:count]), call(arguments[count:-1]), arguments[-1]
+    needed = Tensors(*needed)
+    made = made_for(upstream, problem, tensors, autograd.wanted(needed))
+    slope = None if made.slope is None else made.slope.sum()
+    found = Tensors(made.gradient, None, sample_weight=made.losses, logit_scale=slope)
+    return [in_order_of(*both) for *both, need in zip(tensors, found, needed, strict=True) if need]
+
+
+def made_for(upstream, problem, tensors, wanted):
+    """What the forward pass makes, with gradient and slope for these upstream gradients."""
+    implementation = dispatch.implementation_for(tensors.input)
+    if upstream.has_stats() and wanted.gradient:
         made = implementation.forward(problem, tensors, wanted, None)
-        gradient, _, _ = implementation.backward(problem, tensors, wanted, made, Upstream(upstream), None)
-    else:
-        # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
-        expected = upstream.to(accumulation_dtype(problem.dtype))
-        gradient = implementation.forward(problem, tensors, wanted, expected).gradient
-    # Logits that had to be copied have a gradient in the copy's order, but what is compiled counts on one.
-    return gradient if gradient.stride() == gradient_stride(input) else torch.empty_like(input).copy_(gradient)
+        gradient, slope, _ = implementation.backward(problem, tensors, wanted, made, upstream, None)
+        return made._replace(gradient=gradient, slope=slope)
+    # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
+    problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
+    if problem.reduction == "none":
+        # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
+        factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
+        problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
+        expected = None
+    return implementation.forward(problem, tensors, wanted, expected)
+
+
+def in_order_of(tensor, gradient):
+    """The gradient with the strides that what is compiled counts on: that of logits that were copied has others."""
+    return gradient if gradient.stride() == gradient_stride(tensor) else torch.empty_like(tensor).copy_(gradient)
 
 
 @backward.register_fake
-def _(upstream, input, target, weight, *values):
-    return torch.empty_like(input)
+def _(*arguments):
+    _, tensors = call(arguments[len(Upstream._fields) : -1])
+    return [torch.empty_like(tensor) for tensor, need in zip(tensors, arguments[-1], strict=True) if need]
 
 
 def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.values = inputs[3:]
+    count = len(Tensors._fields)
+    ctx.save_for_backward(*inputs[:count])
+    ctx.options = inputs[count:]
+    ctx.set_materialize_grads(False)
+    problem, _ = call(inputs)
+    ctx.mark_non_differentiable(*autograd.flat(problem, output[1]))
 
 
-def differentiate(ctx, upstream):
-    if torch.is_grad_enabled() or autograd.is_batched(upstream):
-        needed = Tensors(*(name == "input" for name in Tensors._fields))
-        gradient = autograd.differentiable_gradients(
-            Problem(*ctx.values), Tensors(*ctx.saved_tensors), needed, Upstream(upstream)
-        ).input
+def differentiate(ctx, loss, stats):
+    inputs = *ctx.saved_tensors, *ctx.options
+    problem, tensors = call(inputs)
+    upstream = autograd.upstream_of(problem, loss, stats)
+    needed = Tensors(*ctx.needs_input_grad[: len(tensors)])
+    needed = needed._replace(sample_weight=needed.sample_weight and loss is not None)
+    if not any(needed) or not any(up is not None for up in upstream):
+        gradients = (None,) * len(tensors)
+    elif autograd.must_be_plain(upstream):
+        gradients = autograd.differentiable_gradients(problem, tensors, needed, upstream)
     else:
-        gradient = torch.ops.xent_ext.backward(upstream, *ctx.saved_tensors, *ctx.values)
-    return gradient, None, None, *(None for _ in ctx.values)
+        found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
+        gradients = Tensors(*(next(found) if need else None for need in needed))
+        if needed.sample_weight:
+            weight = autograd.sample_weight_gradient(problem, tensors, gradients.sample_weight, loss)
+            gradients = gradients._replace(sample_weight=weight)
+    return *gradients, *([] if value == [] else None for value in ctx.options)  # an empty list may be one of tensors
 
 
 forward.register_autograd(differentiate, setup_context=save)

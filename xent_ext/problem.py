@@ -16,7 +16,7 @@ class Problem:
     ignore_index: int
     label_smoothing: float  # in [0, 1]
     dtype: torch.dtype  # of the loss
-    logit_scale: float = 1.0  # 1 where it is a tensor
+    logit_scale: float = 1.0  # `NUMBERS`: as here where they are tensors
     softcap: float | None = None
     z_loss: float = 0.0
     on_all_ignored: str = "nan"  # or "zero": where `mean` would divide by 0 it divides by infinity
@@ -34,6 +34,18 @@ class Tensors(NamedTuple):
     sample_weight: Tensor | None = None  # in the shape of the rows
     normalizer: Tensor | None = None  # 0-dim
     logit_scale: Tensor | None = None  # 0-dim
+    softcap: Tensor | None = None  # 0-dim, as is z_loss: in compiled graphs
+    z_loss: Tensor | None = None
+
+
+# Options that are numbers of `Problem` or 0-dim tensors of `Tensors`.
+NUMBERS = ("logit_scale", "softcap", "z_loss")
+
+
+def number(name, problem, tensors):
+    """One of `NUMBERS`: the tensor, if there is one."""
+    tensor = getattr(tensors, name)
+    return getattr(problem, name) if tensor is None else tensor
 
 
 class Wanted(NamedTuple):

@@ -26,6 +26,7 @@ part at all.
 import torch
 
 from .layout import visible
+from .problem import NUMBERS, number
 
 STATS = ("logprob", "lse", "entropy", "max_prob", "predicted", "correct")
 
@@ -73,8 +74,7 @@ def cross_entropy(
             probabilities, floating point, shape of `input`.
         weight: (C), or None for all ones.
         dtype: dtype of the loss; None for PyTorch's rule, `result_dtype`.
-        logit_scale: a number or a 0-dim tensor.
-        softcap: None for no cap.
+        logit_scale, softcap, z_loss: a number or a 0-dim tensor; a softcap of None for no cap.
         sample_weight: one factor for each row, in the shape of the rows, or None for all ones.
         normalizer: what `mean` divides by, a number or a 0-dim tensor, or None for its own sum.
         on_all_ignored: "nan", or "zero" for a mean of 0, with gradient 0, where `mean` would divide by 0.
@@ -103,7 +103,7 @@ def cross_entropy(
         if eps:
             loss = loss - eps / classes * (w * logp).sum(-1)
 
-    if z_loss:
+    if isinstance(z_loss, torch.Tensor) or z_loss:
         loss = loss + z_loss * z.logsumexp(-1).square()
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
@@ -121,9 +121,7 @@ def compute(problem, tensors):
         reduction=problem.reduction,
         label_smoothing=problem.label_smoothing,
         dtype=problem.dtype,
-        logit_scale=problem.logit_scale if tensors.logit_scale is None else tensors.logit_scale,
-        softcap=problem.softcap,
-        z_loss=problem.z_loss,
+        **{name: number(name, problem, tensors) for name in NUMBERS},
         sample_weight=tensors.sample_weight,
         normalizer=tensors.normalizer,
         on_all_ignored=problem.on_all_ignored,
