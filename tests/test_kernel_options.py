@@ -183,6 +183,18 @@ def test_ties_and_masked_logits(shapes):
     compare(args, equal_nan=True)
 
 
+@not_emulated
+def test_a_bad_class_is_nan_where_there_are_weights():
+    """Nothing is read out of bounds for the gradient of the weights of rows."""
+    args = on_device(call((7, 5), ignored=0.0, sample_weight="sample_weight", reduction="none"))
+    args["target"][2] = 5
+    loss = xent_ext.cross_entropy(**args)
+    (gradient,) = torch.autograd.grad(loss.sum(), args["sample_weight"])
+    assert gradient.isnan().tolist() == loss.isnan().tolist() == [row == 2 for row in range(7)]
+    (gradient,) = torch.autograd.grad(xent_ext.cross_entropy(**{**args, "reduction": "mean"}), args["sample_weight"])
+    assert gradient.isnan().all()
+
+
 @compiled_only
 def test_a_call_without_options_compiles_without_them():
     """No pointer of an option is an argument of what is compiled, and nothing that belongs to one is there."""

@@ -132,6 +132,45 @@ def test_options_are_looked_at_in_forward():
         module(*make((7, 5))[:2])
 
 
+class Scaled(torch.nn.Module):
+    def __init__(self, criterion):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, input, target):
+        return self.criterion(2 * input, target)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@every_option
+def test_script(options):
+    """TorchScript compiles PyTorch's own in its place, by itself and within a model."""
+    input, target, _ = make((7, 5))
+    criterion = xent_ext.CrossEntropyLoss(**options).eval()
+    for module in (criterion, Scaled(criterion)):
+        scripted = torch.jit.script(module)
+        torch.testing.assert_close(scripted(input, target), module(input, target))
+        assert scripted.state_dict().keys() == module.state_dict().keys()
+    assert not scripted.criterion.training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_script_of_the_function():
+    input, target, _ = make((7, 5))
+    scripted = torch.jit.script(scripted_loss)
+    torch.testing.assert_close(scripted(input, target), scripted_loss(input, target))
+
+
+def scripted_loss(input, target):
+    return xent_ext.cross_entropy(2 * input, target, label_smoothing=0.1, reduction="sum")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_script_has_no_options_for_training():
+    with pytest.raises(RuntimeError, match=r"no options for training, got z_loss=0.1"):
+        torch.jit.script(xent_ext.CrossEntropyLoss(z_loss=0.1))
+
+
 def test_training_step(cpu_blocks):
     """One line swapped in a training script: the same weights after a few steps."""
 

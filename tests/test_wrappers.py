@@ -3,7 +3,10 @@
 Checkpointing, torch.func and debugging modes are in tests/test_autograd.py, copies in tests/test_module.py.
 """
 
+import contextlib
+import itertools
 import os
+import re
 import threading
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Calls
 from parity import REDUCTIONS, make
+from test_options import call, flat, shifted_call
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
@@ -95,29 +99,119 @@ def fully_sharded(rank):
     return {name: value.full_tensor() for name, value in fused_step(model, rank).items()}
 
 
+def cases():
+    """Calls whose rows don't divide by the processes, and weigh more in one than in the other."""
+    of_probabilities = call((7, 5), probabilities=True, sample_weight="sample_weight")
+    of_probabilities["sample_weight"].requires_grad_(False)
+    return {
+        "mean": call((7, 5)),
+        "sum": call((7, 5), reduction="sum", softcap=2.0, sample_weight="sample_weight"),
+        "none": call((7, 5), reduction="none", logit_scale="logit_scale", return_stats=True),
+        "normalizer": call((7, 5), normalizer="normalizer", sample_weight="sample_weight"),
+        "probabilities": of_probabilities,
+        "images": call((3, 5, 4), z_loss=0.1),
+        "shift": shifted_call(reduction="sum"),
+        "fewer rows than processes": call((1, 5), ignored=0.0, softcap=2.0),
+    }
+
+
+def results(args):
+    """The loss, the statistics, and the gradients of sums of their squares."""
+    leaves = {name: value for name, value in args.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    found = flat(xent_ext.cross_entropy(**args))
+    total = sum(value.square().sum() for name, value in found.items() if name in ("loss", "lse", "entropy"))
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    found = {name: value.detach() for name, value in found.items()}
+    return found | {f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
 def distributed_tensors(rank):
-    """Whole losses and gradients of logits in shards of the batch, in shards of the classes, and in copies."""
+    """The results of all cases, in several placements of the logits and of what else has rows."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    line = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    plane = torch.distributed.init_device_mesh("cpu", (1, PROCESSES))
+    placements = {
+        "shards": (line, [Shard(0)], [Shard(0)]),
+        "shards, targets in copies": (line, [Shard(0)], [Replicate()]),
+        "copies, targets in shards": (line, [Replicate()], [Shard(0)]),
+        "shards along one of two dimensions": (plane, [Replicate(), Shard(0)], [Replicate(), Replicate()]),
+    }
+    found = {}
+    for (name, args), (where, (mesh, of_input, of_rows)) in itertools.product(cases().items(), placements.items()):
+        everywhere = [Replicate()] * mesh.ndim
+        by_name = {"input": of_input, "target": of_rows, "sample_weight": of_rows}
+        args = {
+            key: distribute_tensor(value.detach(), mesh, by_name.get(key, everywhere)).requires_grad_(
+                value.requires_grad
+            )
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in args.items()
+        }
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            calls = Calls().watch(monkeypatch, cpu)
+            here = results(args)
+        assert len(calls) == 1 or args["input"].to_local().numel() == 0
+        found[f"{name}: {where}"] = {key: value.full_tensor() for key, value in here.items()}
+    return found
+
+
+def sharded_classes(rank):
+    """Losses and gradients of logits in shards of the classes under PyTorch's name."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
 
     mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
     input, target, _ = make((8, 6))
+    target = distribute_tensor(target, mesh, [Replicate()])
     found = {}
-    placements = {"batch": (Shard(0), Shard(0)), "class": (Shard(1), Replicate()), "copy": (Replicate(), Replicate())}
-    for name, (of_input, of_target) in placements.items():
-        logits = distribute_tensor(input, mesh, [of_input]).requires_grad_()
-        loss = xent_ext.cross_entropy(logits, distribute_tensor(target, mesh, [of_target]))
-        loss.backward()
-        found[name] = loss.full_tensor().detach(), logits.grad.full_tensor()
-    logits = distribute_tensor(input, mesh, [Shard(1)]).requires_grad_()
-    with loss_parallel():
-        loss = xent_ext.cross_entropy(logits, distribute_tensor(target, mesh, [Replicate()]))
-        loss.backward()
-    found["loss_parallel"] = loss.full_tensor().detach(), logits.grad.full_tensor()
+    for context in (contextlib.nullcontext, loss_parallel):
+        logits = distribute_tensor(input, mesh, [Shard(1)]).requires_grad_()
+        with xent_ext.installed(), context():
+            loss = F.cross_entropy(logits, target)
+            loss.backward()
+        found[context.__name__] = loss.full_tensor().detach(), logits.grad.full_tensor()
     return found
 
 
-WORK = {"DDP": data_parallel, "FSDP": fully_sharded, "DTensor": distributed_tensors}
+def errors_of_distributed_tensors(rank):
+    """What is raised for logits, a target and weights of rows that have no loss of shards."""
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    input, target, _ = make((8, 6))
+    rows = distribute_tensor(target, mesh, [Replicate()])
+    logits = distribute_tensor(input, mesh, [Shard(0)])
+    f = distribute_tensor(torch.ones(8), mesh, [Shard(0)]).requires_grad_()
+    in_positions = distribute_tensor(torch.randn(2, 4, 6), mesh, [Shard(1)])
+    calls = {
+        "classes": lambda: xent_ext.cross_entropy(distribute_tensor(input, mesh, [Shard(1)]), rows),
+        "loss_parallel": lambda: xent_ext.CrossEntropyLoss()(distribute_tensor(input, mesh, [Shard(1)]), rows),
+        "summands": lambda: xent_ext.cross_entropy(logits.sum(0).redistribute(mesh, [Partial()]), rows[0]),
+        "positions": lambda: xent_ext.cross_entropy(in_positions, rows.view(2, 4), shift=True),
+        "target": lambda: xent_ext.cross_entropy(logits, target),
+        "weights": lambda: xent_ext.cross_entropy(logits, rows, sample_weight=f),
+        "batch size": lambda: xent_ext.cross_entropy(logits, rows[:7]),
+        "explain": lambda: xent_ext.explain(logits, rows),
+    }
+    found = {}
+    for name, function in calls.items():
+        context = loss_parallel if name == "loss_parallel" else contextlib.nullcontext
+        with context(), pytest.raises(Exception) as caught:  # noqa: PT011
+            function()
+        found[name] = f"{caught.type.__name__}: {caught.value}"
+    return found
+
+
+WORK = {
+    "DDP": data_parallel,
+    "FSDP": fully_sharded,
+    "DTensor": distributed_tensors,
+    "DTensor, classes": sharded_classes,
+    "DTensor, errors": errors_of_distributed_tensors,
+}
 
 
 @distributed
@@ -129,14 +223,42 @@ def test_data_parallel(found, name):
 
 
 @distributed
-def test_distributed_tensors(found):
-    """They go to PyTorch's own, which computes shards of the batch where they are."""
+@pytest.mark.parametrize("name", cases())
+def test_distributed_tensors(found, name):
+    """Each process computes its shard of the batch by the fused loss, and together they have that of the whole."""
+    expected = results(cases()[name])
+    results_by_place = {key: value for key, value in found["DTensor"].items() if key.startswith(f"{name}: ")}
+    assert len(results_by_place) == 4
+    for result in results_by_place.values():
+        torch.testing.assert_close(result, expected)
+
+
+@distributed
+def test_distributed_classes(found):
+    """Logits in shards of the classes are PyTorch's own, which the installed loss leaves them to."""
     input, target, _ = make((8, 6))
-    input.requires_grad_()
-    loss = F.cross_entropy(input, target)
+    loss = F.cross_entropy(input.requires_grad_(), target)
     loss.backward()
-    for whole in found["DTensor"].values():
+    for whole in found["DTensor, classes"].values():
         torch.testing.assert_close(whole, (loss.detach(), input.grad))
+
+
+@distributed
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("classes", r"NotImplementedError: input must be .*sharded on its batch dimensions, \[0\] .*redistribute"),
+        ("loss_parallel", r"NotImplementedError: input must be .*got S.*torch.nn.functional.cross_entropy"),
+        ("summands", r"NotImplementedError: input must be .*got P"),
+        ("positions", r"NotImplementedError: input must be .*\[0\] of shape \(2, 4, 6\), got S"),
+        ("target", r"RuntimeError: target must be a DTensor on the mesh of input, got Tensor"),
+        ("weights", r"NotImplementedError: sample_weight must not require grad"),
+        ("batch size", r"ValueError: Expected input batch_size \(8\) to match target batch_size \(7\)"),
+        ("explain", r"TypeError: .*to_local"),
+    ],
+)
+def test_errors_of_distributed_tensors(found, name, error):
+    assert re.match(error, found["DTensor, errors"][name])
 
 
 # --- In one process

@@ -77,6 +77,12 @@ def has_unknown_size(tensor):
     return torch.fx.experimental.symbolic_shapes.has_free_unbacked_symbols(tensor)
 
 
+def is_distributed(tensor):
+    """Whether this is a `DTensor`."""
+    module = None if type(tensor) in PLAIN else getattr(torch.distributed, "tensor", None)  # imported if there are any
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def is_autocast(input):
     device = input.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -43,11 +43,14 @@ def explain(
 ):
     """Print, and return as an `Explanation`, how `cross_entropy` would run this call, without running it.
 
-    Takes the arguments of `xent_ext.cross_entropy` and raises its errors, but those for class indices out of range.
+    Takes the arguments of `xent_ext.cross_entropy` and raises its errors, but those for class indices out of range. Of
+    a `DTensor` it takes a shard; in a compiled graph calls may run otherwise (see `xent_ext.ops`).
     The numbers count a gradient if `input` requires one (and gradients are enabled); bytes are those of the tensors,
     each counted as often as a schedule walks over it. On a GPU whose clusters have not been used yet, long rows make
     this try them on a few rows, as the call itself would.
     """
+    if dispatch.is_distributed(input):
+        raise TypeError("explain takes the tensors of one shard, not a DTensor: input.to_local(), ...")
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     options = Options.that_differ(**options)
     name, reason, problem, tensors = prepare(Options(**options) if options else None, *arguments)

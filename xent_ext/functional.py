@@ -102,7 +102,8 @@ def cross_entropy(
             before, and whatever uses them later (or what they are a view of), then raises RuntimeError in backward, as
             do a second backward, `create_graph=True` and a gradient of a statistic. An upstream gradient other than the
             expected one (see README) multiplies the gradient that was stored, in the logits' dtype: one rounding more,
-            and in float16 what underflowed stays 0. Calls that take the plain formula (see `explain`) keep the logits.
+            and in float16 what underflowed stays 0. Compiled graphs, and calls that take the plain formula
+            (see `explain`), keep the logits.
         return_stats: True, or names of `CrossEntropyStats`: return (loss, stats), from the same pass. Gradients flow
             through `logprob`, `lse` and `entropy`; the backward that has any makes the gradient from the logits again.
         shift: for causal language models: logits (B, T, V) and target (B, T), or probabilities (B, T, V), not shifted:
@@ -121,6 +122,11 @@ def cross_entropy(
         XENT_EXT_CHECK=1 asks for the IndexError there too, at the price of a synchronisation.
 
     Where the logits are saved for backward, changing them in place before it raises RuntimeError.
+
+    Logits that are a `DTensor`, replicated or sharded on the batch, have a loss and gradients that are; each shard is
+    computed where it is. The other tensors must be of the same mesh, in any placement. "mean" divides by the normaliser
+    of all shards, for which one number is reduced over them. Logits in another placement, such as sharded on the
+    classes, raise NotImplementedError.
     """
     if (  # written out: few logits take few microseconds
         dtype is softcap is sample_weight is normalizer is None
@@ -138,9 +144,17 @@ def cross_entropy(
     return fused(None, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
+# TorchScript, which knows neither arguments by keyword alone nor autograd functions, compiles this in its place.
+cross_entropy.__prepare_scriptable__ = lambda: _torch_cross_entropy
+
+
 def fused(owner, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
     """`cross_entropy`, for the module `owner` or for none, with `Options` or None."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if dispatch.is_distributed(input):
+        from . import sharded  # which imports torch.distributed.tensor
+
+        return sharded.cross_entropy(owner, options, *arguments)
     if options is not None:
         return with_options(owner, options, *arguments)
     if torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.jit import is_scripting
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .dispatch import PLAIN
+from .dispatch import PLAIN, is_distributed
 from .functional import _torch_cross_entropy, fused
 
 
@@ -67,6 +67,10 @@ def cross_entropy(
 ) -> torch.Tensor:
     """`torch.nn.functional.cross_entropy`, as `xent_ext.install` put it here: `xent_ext.uninstall` takes it away."""
     if is_scripting():
+        return _torch_cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if is_distributed(input):  # also within `loss_parallel`, and sharded in any way
         return _torch_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )

@@ -58,6 +58,15 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self.options or {}).items())
 
+    def __prepare_scriptable__(self) -> torch.nn.CrossEntropyLoss:
+        """What TorchScript compiles in its place: PyTorch's own."""
+        if self.options:
+            raise RuntimeError(f"TorchScript has no options for training, got {self.extra_repr()}")
+        module = torch.nn.CrossEntropyLoss(
+            self.weight, ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing
+        )
+        return module.train(self.training)
+
     def forward(
         self,
         input: torch.Tensor,

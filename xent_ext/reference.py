@@ -170,7 +170,10 @@ def row_weights(problem, tensors, like):
         return None, None
     target = tensors.target.long().reshape(like.shape)
     counted = target != problem.ignore_index
-    weights = torch.ones_like(like) if tensors.weight is None else tensors.weight.to(like.dtype)[target * counted]
+    if tensors.weight is None:
+        weights = torch.ones_like(like)
+    else:  # of a class that there is, whatever the index: on a GPU another would stop the context
+        weights = tensors.weight.to(like.dtype)[(target * counted).clamp(0, tensors.weight.numel() - 1)]
     return torch.where(counted, weights, 0.0), counted
 
 
