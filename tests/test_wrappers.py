@@ -115,10 +115,10 @@ def cases():
     }
 
 
-def results(args):
+def results(args, cross_entropy=xent_ext.cross_entropy):
     """The loss, the statistics, and the gradients of sums of their squares."""
     leaves = {name: value for name, value in args.items() if isinstance(value, torch.Tensor) and value.requires_grad}
-    found = flat(xent_ext.cross_entropy(**args))
+    found = flat(cross_entropy(**args))
     total = sum(value.square().sum() for name, value in found.items() if name in ("loss", "lse", "entropy"))
     gradients = torch.autograd.grad(total, list(leaves.values()))
     found = {name: value.detach() for name, value in found.items()}
@@ -154,6 +154,22 @@ def distributed_tensors(rank):
             here = results(args)
         assert len(calls) == 1 or args["input"].to_local().numel() == 0
         found[f"{name}: {where}"] = {key: value.full_tensor() for key, value in here.items()}
+    return found
+
+
+def compiled_distributed_tensors(rank):
+    """The results of some cases in one graph."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    found = {}
+    for name in ("mean", "none"):
+        args = {key: value for key, value in cases()[name].items() if key in ("input", "target", "reduction")}
+        for key in ("input", "target"):
+            args[key] = distribute_tensor(args[key].detach(), mesh, [Shard(0)])
+        args["input"].requires_grad_()
+        function = torch.compile(xent_ext.cross_entropy, fullgraph=True, backend="aot_eager")
+        found[name] = {key: value.full_tensor() for key, value in results(args, function).items()}
     return found
 
 
@@ -209,6 +225,7 @@ WORK = {
     "DDP": data_parallel,
     "FSDP": fully_sharded,
     "DTensor": distributed_tensors,
+    "DTensor, compiled": compiled_distributed_tensors,
     "DTensor, classes": sharded_classes,
     "DTensor, errors": errors_of_distributed_tensors,
 }
@@ -231,6 +248,13 @@ def test_distributed_tensors(found, name):
     assert len(results_by_place) == 4
     for result in results_by_place.values():
         torch.testing.assert_close(result, expected)
+
+
+@distributed
+@pytest.mark.parametrize("name", ["mean", "none"])
+def test_distributed_tensors_in_a_graph(found, name):
+    args = {key: value for key, value in cases()[name].items() if key in ("input", "target", "reduction")}
+    torch.testing.assert_close(found["DTensor, compiled"][name], results(args))
 
 
 @distributed

@@ -7,6 +7,8 @@
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
+Before that, `xent_ext.sharded` makes of a `DTensor` the shard that is here.
+
 `XENT_EXT_BACKEND`, read when the package is imported, overrides this: `torch` gives every call to PyTorch,
 `triton` gives CPU tensors to the Triton kernels too (under Triton's interpreter, or a driver that runs on the
 CPU). `XENT_EXT_CHECK=1` has class indices checked on every device, at the price of a synchronisation.

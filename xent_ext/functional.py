@@ -151,7 +151,7 @@ cross_entropy.__prepare_scriptable__ = lambda: _torch_cross_entropy
 def fused(owner, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
     """`cross_entropy`, for the module `owner` or for none, with `Options` or None."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if dispatch.is_distributed(input):
+    if dispatch.is_distributed(input) and dispatch.BACKEND != "torch":
         from . import sharded  # which imports torch.distributed.tensor
 
         return sharded.cross_entropy(owner, options, *arguments)

@@ -28,7 +28,8 @@ def install():
     - losses that are written with other functions, such as `F.nll_loss` of `F.log_softmax`,
     - what `torch.jit.script` compiled or compiles: it gets PyTorch's own.
 
-    `__torch_function__` of tensor subclasses is given PyTorch's function, which their tables know.
+    `__torch_function__` of tensor subclasses is given PyTorch's function, which their tables know. A `DTensor`,
+    too, goes to PyTorch's own, however it is sharded.
     """
     _update(forever=True)
 

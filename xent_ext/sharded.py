@@ -12,31 +12,19 @@ def cross_entropy(owner, options, *arguments):
     """`functional.fused` for a `DTensor` of logits that is replicated or sharded on the batch, with such results.
 
     A sum or a mean is `Partial` over the shards, each of which divides by the normaliser of all. The other tensors are
-    redistributed: to where the rows of the input are, or to everywhere.
+    redistributed: to where the rows of the logits are, or to everywhere.
     """
     input, target, weight, _, ignore_index, _, _, label_smoothing = arguments
     options = options or Options()
     problem, _ = describe(options, *arguments)
     check(problem, options, input, target, weight)
-    mesh, of_input = input.device_mesh, input.placements
-    of_rows = [by_row(input, placement) for placement in of_input]
-    everywhere = [Replicate() for _ in of_input]
-    summed = [Partial() if placement.is_shard() else placement for placement in of_input]
-    shape = batch_shape(visible(problem, input).shape)
-    stride = torch.empty(shape, device="meta").stride()
-
-    def local(tensor, placements, of_gradient=None):
-        if not isinstance(tensor, DTensor):
-            return tensor
-        return tensor.redistribute(placements=placements).to_local(grad_placements=of_gradient)
-
-    def whole(rows):
-        return DTensor.from_local(rows, mesh, of_rows, run_check=False, shape=shape, stride=stride)
-
+    shards = Shards(problem, input)
+    target_here = local(target, shards.logits if problem.probabilities else shards.rows)
+    weight_here = local(weight, shards.everywhere, shards.summed)
     arguments = (
         input.to_local(),
-        local(target, of_input if problem.probabilities else of_rows),
-        local(weight, everywhere, summed),
+        target_here,
+        weight_here,
         None,
         ignore_index,
         None,
@@ -44,27 +32,48 @@ def cross_entropy(owner, options, *arguments):
         label_smoothing,
     )
     here = options._replace(
-        sample_weight=local(options.sample_weight, of_rows),
-        normalizer=local(options.normalizer, everywhere),
-        logit_scale=local(options.logit_scale, everywhere, summed),
+        sample_weight=local(options.sample_weight, shards.rows),
+        normalizer=local(options.normalizer, shards.everywhere),
+        logit_scale=local(options.logit_scale, shards.everywhere, shards.summed),
         return_stats=problem.stats,
     )
     if problem.reduction == "mean" and options.normalizer is None:
-        own = DTensor.from_local(normalizer(here, *arguments), mesh, summed, run_check=False)
-        here = here._replace(normalizer=local(own, everywhere))
+        here = here._replace(normalizer=local(shards.total(normalizer(here, *arguments)), shards.everywhere))
     found = fused(owner, here, *arguments)
     loss, stats = found if problem.stats else (found, None)
-    loss = whole(loss) if problem.reduction == "none" else DTensor.from_local(loss, mesh, summed, run_check=False)
+    loss = shards.whole(loss) if problem.reduction == "none" else shards.total(loss)
     if not options.return_stats:
         return loss
-    stats = {name: whole(getattr(stats, name)) for name in problem.stats}
+    stats = {name: shards.whole(getattr(stats, name)) for name in problem.stats}
     return loss, statistics(options.return_stats, problem, target, stats)
 
 
-def by_row(input, placement):
-    """The placement of rows, of a dimension less, whose logits have this one."""
-    after_class = placement.is_shard() and placement.dim > class_axis(input.shape)
-    return Shard(placement.dim - 1) if after_class else placement
+class Shards:
+    """Where the tensors of a call are: placements on the mesh of its logits."""
+
+    def __init__(self, problem, input):
+        self.mesh, self.logits = input.device_mesh, input.placements
+        self.shape = batch_shape(visible(problem, input).shape)
+        axis = class_axis(input.shape)
+        self.rows = [Shard(p.dim - 1) if p.is_shard() and p.dim > axis else p for p in self.logits]
+        self.everywhere = [Replicate() for _ in self.logits]
+        self.summed = [Partial() if p.is_shard() else p for p in self.logits]  # a part from each shard
+
+    def whole(self, rows):
+        """What each has of its rows, as one tensor."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.rows, run_check=False, shape=self.shape, stride=stride)
+
+    def total(self, part):
+        """The sum of what each has."""
+        return DTensor.from_local(part, self.mesh, self.summed, run_check=False)
+
+
+def local(value, placements, of_gradient=None):
+    """What is here of a tensor in these placements, and of its gradient in those; numbers are everywhere."""
+    if not isinstance(value, DTensor):
+        return value
+    return value.redistribute(placements=placements).to_local(grad_placements=of_gradient)
 
 
 def normalizer(options, *arguments):
