@@ -49,9 +49,8 @@ def arguments(problem, tensors):
 
 def scalar(value, dtype, device):
     """A number as a 0-dim tensor."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # A number given to `torch.full`, or to an operator, has a graph for itself alone.
+    if torch.compiler.is_compiling():
+        # A number that is given to `torch.full`, or to an operator, is a constant: each would have its own graph.
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
 

@@ -16,7 +16,7 @@ class Problem:
     ignore_index: int
     label_smoothing: float  # in [0, 1]
     dtype: torch.dtype  # of the loss
-    logit_scale: float = 1.0  # `NUMBERS`: as here where they are tensors
+    logit_scale: float = 1.0  # the default where it is a tensor, as are all `NUMBERS`
     softcap: float | None = None
     z_loss: float = 0.0
     on_all_ignored: str = "nan"  # or "zero": where `mean` would divide by 0 it divides by infinity
