@@ -93,7 +93,7 @@ def launches_stubbed():
     with (
         mock.patch.object(KernelInterface, "__getitem__", no_launch),
         mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
-        mock.patch.object(launch, "device_properties", return_value=launch.INTERPRETED),
-        mock.patch.object(launch, "clusters_work", return_value=True),
+        mock.patch.object(launch, "device_properties", lambda index: launch.INTERPRETED),
+        mock.patch.object(launch, "clusters_work", lambda *args: True),
     ):
         yield

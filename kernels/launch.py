@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import os
 import warnings
 
@@ -31,7 +32,7 @@ from ..plan import (
     shipped,
     vectors,
 )
-from ..problem import Made, Problem, Tensors, Wanted, number
+from ..problem import NUMBERS, Made, Problem, Tensors, Wanted, number
 from ..reference import accumulation_dtype
 from ..tuning import TuningFile
 from .gradient import gradient as gradient_kernel
@@ -44,7 +45,8 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # The order in which the kernels store the statistics that are floating point numbers.
 FLOATING_STATS = ("logprob", "lse", "entropy", "max_prob")
-NO_RESULTS = {"loss_ptr": None, "row_losses_ptr": None, "stats_ptr": None, "predicted_ptr": None}
+# The tensors that the rows of a mean are counted by.
+COUNTED = ("target_ptr", "weight_ptr", "sample_weight_ptr")
 
 # Forces a schedule, for measurements.
 SCHEDULE = os.environ.get("XENT_EXT_SCHEDULE")
@@ -134,7 +136,8 @@ def check_clusters(device, plan):
     try:
         with on_device(input):
             found, expected = (
-                Call(problem, tensors, p).forward(Wanted(gradient=True), None) for p in (clustered, streamed)
+                Setup(problem, signatures(tensors), plan).forward(tensors, Wanted(gradient=True), None)
+                for plan in (clustered, streamed)
             )
         torch.testing.assert_close((found.loss, found.gradient), (expected.loss, expected.gradient))
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
@@ -151,7 +154,7 @@ def forward(problem, tensors, wanted, expected):
     The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
     """
     with on_device(tensors.input):
-        return Call(problem, tensors).forward(wanted, expected)
+        return setup_for(problem, tensors).forward(tensors, wanted, expected)
 
 
 def backward(problem, tensors, wanted, made, upstream, expected):
@@ -163,7 +166,7 @@ def backward(problem, tensors, wanted, made, upstream, expected):
     with on_device(made.gradient if problem.inplace else tensors.input):
         if problem.inplace:
             return rescaled(problem, made, upstream.loss, expected)
-        return Call(problem, tensors).backward(wanted, made, upstream, expected)
+        return setup_for(problem, tensors).backward(tensors, wanted, made, upstream, expected)
 
 
 def rescaled(problem, made, upstream, expected):
@@ -190,20 +193,26 @@ def rescaled(problem, made, upstream, expected):
 
 def traffic(problem, tensors, want_gradient):
     """What a call moves and allocates, forward and backward, without running it."""
-    call = Call(problem, tensors)
-    plan, rows = call.plan, call.layout.rows
+    setup = setup_for(problem, tensors)
+    plan, rows = setup.plan, setup.layout.rows
     input, target = tensors.input, tensors.target
-    logits, acc = rows * call.layout.classes * input.element_size(), call.acc.itemsize
+    logits, acc = rows * setup.layout.classes * input.element_size(), setup.acc.itemsize
     deferred = want_gradient and problem.reduction == "none"
-    summary = math.prod(call.summary_shape) * acc if call.summarised(want_gradient) else 0
+    summary = math.prod(setup.summary_shape) * acc if setup.summarised(want_gradient) else 0
     # A streamed or split row is read again for its gradient, and so is every row whose gradient is deferred.
     walks = 2 if want_gradient and (deferred or plan.schedule != "resident") else 1
     losses = rows * problem.dtype.itemsize if problem.reduction == "none" else plan.programs * acc
     stats = len(problem.stats) * rows * acc
     gradient = input.numel() * input.element_size() if want_gradient else 0
+    given = setup.given(tensors)
     copies = sum(
         new.numel() * new.element_size()
-        for new, old in ((call.x, input), (call.q, target), (call.target, target), (call.weight, tensors.weight))
+        for new, old in (
+            (given["x_ptr"], input),
+            (given["q_ptr"], target),
+            (given["target_ptr"], target),
+            (given["weight_ptr"], tensors.weight),
+        )
         if new is not None and new.data_ptr() != old.data_ptr()
     )
     reads = walks * (logits + target.numel() * target.element_size()) + summary + copies
@@ -241,59 +250,149 @@ def one(dtype, device):
 
 
 def on_device(tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Kernels are launched on the current device, which is the tensor's inside."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
-class Call:
-    """One call's tensors, their layout and plan, and the kernels launched with them."""
+class Launch:
+    """A kernel with its grid and all of its arguments that are not tensors, to be launched again and again.
 
-    def __init__(self, problem, tensors, plan=None):
-        self.problem, self.tensors = problem, tensors
+    Each time that Triton launches a kernel it finds the compiled code anew, by the types and the divisibility of all
+    arguments, which takes longer than many a kernel. Here the numbers stay, so that code compiled for an NVIDIA GPU is
+    kept by the rest: which tensors there are, their dtypes and their alignment. (For an AMD GPU the sizes of storages
+    matter, too; and the interpreter compiles nothing.)
+    """
+
+    def __init__(self, kernel, programs, **numbers):
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.arguments = dict.fromkeys(kernel.arg_names) | numbers  # a tensor that is not given is None
+        self.compiled = {}
+
+    def __call__(self, **tensors):
+        arguments = self.arguments | tensors
+        key = tuple([(name, t.dtype, t.data_ptr() % 16) for name, t in tensors.items() if t is not None])
+        if key in self.compiled:
+            run, taken = self.compiled[key]
+            run(*taken(arguments))
+            return
+        code = self.kernel[self.grid](**arguments)
+        if isinstance(code, triton.compiler.CompiledKernel) and code.metadata.target.backend == "cuda":
+            # Which arguments compiled code takes, all or only those that are not constant, depends on Triton's version.
+            self.compiled[key] = code[self.grid], operator.itemgetter(*code.src.signature)
+
+
+def signatures(tensors):
+    """What a setup knows of each tensor: shape, strides, dtype, device, and whether it starts on 16 bytes."""
+    return tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors]
+    )
+
+
+def stand_in(signature):
+    """A tensor without data."""
+    if signature is None:
+        return None
+    shape, strides, dtype, *_ = signature
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def setup_for(problem, tensors):
+    """The setup for a call, with clusters only where they work."""
+    where, known = tensors.input.device, signatures(tensors)
+    device = device_properties(where.index or 0)
+    found = setup(problem, known, device, SCHEDULE)
+    while found.plan.num_ctas > 1 and not clusters_work(where, found.plan):
+        smaller = PORTABLE_CLUSTER if found.plan.num_ctas > PORTABLE_CLUSTER else 1
+        device = dataclasses.replace(device, cluster=smaller)
+        found = setup(problem, known, device, SCHEDULE)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def setup(problem, signatures, device, schedule):
+    return Setup(problem, signatures, device, schedule)
+
+
+class Setup:
+    """Layout, plan and launches for all calls that differ in nothing but the values in their tensors.
+
+    It keeps no tensor: `given` are those of a call, by their names in the kernels.
+    """
+
+    def __init__(self, problem, signatures, device=None, schedule=None, plan=None):
+        self.problem = problem
         self.acc = accumulation_dtype(problem.dtype)
-        self.device = tensors.input.device
-        self.x, self.q, self.layout = arrange_call(problem, tensors)
-        self.weight = contiguous(tensors.weight)
-        self.sample_weight = contiguous(tensors.sample_weight)
-        self.target = None if problem.probabilities else tensors.target.contiguous()
-        self.plan = plan or self.usual_plan()
-
-    def usual_plan(self):
-        """The plan for the input's device, with clusters only where they work."""
-        problem, device = self.problem, device_properties(self.device.index or 0)
-        # Beside each logit a thread then keeps its target mass, or what the gradient needs of it besides.
-        dense = bool(
+        self.device = signatures[0][3]
+        tensors = Tensors(*map(stand_in, signatures))
+        x, q, self.layout = arrange_call(problem, tensors)
+        self.x_stride, self.q_stride = x.stride(), None if q is None else q.stride()
+        self.itemsize = x.element_size()
+        self.batch = batch_shape(x.shape)
+        # Whether the normaliser is the number, or weight, of the rows that are not ignored.
+        self.counts_rows = (
+            problem.reduction == "mean"
+            and tensors.normalizer is None
+            and not (problem.probabilities and tensors.sample_weight is None)
+        )
+        # Beside each logit a thread keeps its target mass, or what the gradient needs of it besides.
+        self.dense = bool(
             problem.probabilities
             or problem.label_smoothing > 0
             or problem.softcap
             or problem.stats
-            or self.tensors.softcap is not None
-            or self.tensors.logit_scale is not None
+            or tensors.softcap is not None
+            or tensors.logit_scale is not None
         )
-        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (self.x, self.q))
-        schedule = SCHEDULE
-        if problem.inplace and schedule in (None, "split"):
+        read = ((x, visible(problem, tensors.input), signatures[0]), (q, tensors.target, signatures[1]))
+        self.aligned = all(
+            new is None or new.stride() != old.stride() or is_aligned  # copies are
+            for new, old, (*_, is_aligned) in read
+        )
+        self.plan = plan or self.usual_plan(device, schedule)
+
+    def usual_plan(self, device, schedule):
+        if self.problem.inplace and schedule in (None, "split"):
             # Programs that share a row would overwrite logits that others have still to read.
-            schedule = self.found(device, dense, aligned, None).schedule.replace("split", "streaming")
-        found = self.found(device, dense, aligned, schedule)
-        while found.num_ctas > 1 and not clusters_work(self.device, found):
-            smaller = PORTABLE_CLUSTER if found.num_ctas > PORTABLE_CLUSTER else 1
-            device = dataclasses.replace(device, cluster=smaller)
-            found = self.found(device, dense, aligned, schedule)
-        return found
+            schedule = self.planned(device, None).schedule.replace("split", "streaming")
+        return self.planned(device, schedule)
 
-    def found(self, device, dense, aligned, schedule):
-        return planned(self.layout, self.x.element_size(), self.acc.itemsize, device, dense, aligned, schedule)
+    def planned(self, device, schedule):
+        return plan(self.layout, self.itemsize, self.acc.itemsize, device, self.dense, self.aligned, schedule)
 
-    # What is allocated
+    # What is given, and what is allocated
+
+    def given(self, tensors):
+        """A call's tensors, copied where no kernel could read them as they are."""
+        problem = self.problem
+        x, q, target = visible(problem, tensors.input), None, None
+        if problem.probabilities:
+            q = tensors.target if tensors.target.stride() == self.q_stride else tensors.target.contiguous()
+        else:
+            target = tensors.target.contiguous()
+        return {
+            "x_ptr": x if x.stride() == self.x_stride else x.contiguous(),
+            "q_ptr": q,
+            "target_ptr": target,
+            "weight_ptr": contiguous(tensors.weight),
+            "sample_weight_ptr": contiguous(tensors.sample_weight),
+            **{f"{name}_ptr": self.number(name, tensors) for name in NUMBERS},
+        }
+
+    def number(self, name, tensors):
+        """One of `NUMBERS` on the device; None where it changes nothing."""
+        value = number(name, self.problem, tensors)
+        if isinstance(value, torch.Tensor):
+            return value
+        return None if value == getattr(Problem, name) else constant(value, self.acc, self.device)
+
+    def factor(self, expected):
+        """The upstream gradient that is expected, on the device."""
+        return one(self.acc, self.device) if expected is None else expected
 
     def new(self, *shape, dtype=None):
         return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
-
-    def new_by_row(self, dtype=None):
-        return self.new(*batch_shape(visible(self.problem, self.tensors.input).shape), dtype=dtype)
-
-    def gradient_memory(self):
-        return gradient_memory(self.problem, self.tensors.input, self.x)
 
     def new_slope(self):
         """One number for each row, or for each tile that makes a gradient (see `streaming`); autograd adds them."""
@@ -312,26 +411,26 @@ class Call:
 
     # The two passes
 
-    def forward(self, wanted, expected):
-        problem = self.problem
+    def forward(self, tensors, wanted, expected):
+        problem, given = self.problem, self.given(tensors)
         now = wanted.gradient and problem.reduction != "none"
-        normalizer = self.normalizer()
-        memory = self.gradient_memory() if now else None
+        normalizer = self.normalizer(tensors, given)
+        memory = gradient_memory(problem, tensors.input, given["x_ptr"]) if now else None
         slope = self.new_slope() if now and wanted.slope else None
         summary = self.new(*self.summary_shape) if self.summarised(wanted.gradient) else None
-        row_losses = self.new_by_row() if wanted.losses else None
-        floating = bool({"logprob", "lse", "entropy", "max_prob"} & set(problem.stats))
-        stats = self.new(4, self.layout.rows) if floating else None
-        predicted = self.new_by_row(torch.int64) if {"predicted", "correct"} & set(problem.stats) else None
+        row_losses = self.new(*self.batch) if wanted.losses else None
+        stats = self.new(4, self.layout.rows) if {*FLOATING_STATS} & {*problem.stats} else None
+        predicted = self.new(*self.batch, dtype=torch.int64) if {"predicted", "correct"} & {*problem.stats} else None
         per_row = problem.reduction == "none"
-        losses = self.new_by_row(problem.dtype) if per_row else self.new(self.plan.programs)
+        losses = self.new(*self.batch, dtype=problem.dtype) if per_row else self.new(self.plan.programs)
         results = {
             "loss_ptr": losses, "row_losses_ptr": row_losses, "stats_ptr": stats, "predicted_ptr": predicted,
         }  # fmt: skip
-        self.walk(results, memory, slope, normalizer, summary, self.factor(expected) if now else None)
+        gradient = self.of_gradient(memory, slope, normalizer, self.factor(expected) if now else None)
+        self.walk(given, results, gradient, summary)
         return Made(
-            loss=losses if per_row else self.total(losses, normalizer),
-            stats=self.statistics(stats, predicted),
+            loss=losses if per_row else self.total(losses, given, normalizer),
+            stats=self.statistics(tensors.target, stats, predicted),
             gradient=memory,
             slope=slope,
             losses=row_losses,
@@ -339,25 +438,52 @@ class Call:
             summary=summary,
         )
 
-    def backward(self, wanted, made, upstream, expected):
+    def walk(self, given, results, gradient, summary):
+        """Row losses, or one sum for each tile, and statistics; and the gradient for a scalar upstream gradient."""
+        if self.plan.schedule == "resident":
+            self.resident(**given, **results, **gradient)
+        elif self.plan.splits == 1:
+            self.streaming(**given, **results, **gradient, summary_ptr=summary)
+        else:
+            self.streaming(**given, **results, summary_ptr=summary)
+            finish = self.ends if gradient["grad_ptr"] is None else self.gradient
+            finish(**given, **results, **gradient, summary_ptr=summary)
+
+    def backward(self, tensors, wanted, made, upstream, expected):
+        given = self.given(tensors)
         ahead = made.gradient is not None
-        memory = made.gradient if ahead else self.gradient_memory()
+        memory = made.gradient if ahead else gradient_memory(self.problem, tensors.input, given["x_ptr"])
         slope = made.slope if ahead else None
         if wanted.slope and slope is None:
             slope = self.new_slope()
-        of_loss = constant(0.0, self.acc, self.device) if upstream.loss is None else upstream.loss
-        of_loss = (
-            of_loss.expand(self.layout.rows) if self.problem.reduction == "none" and not of_loss.dim() else of_loss
-        )
-        of_loss = of_loss.contiguous()
-        seen = of_stats = None
-        expects = None
+        gradient = self.of_gradient(memory, slope, made.normalizer, self.of_loss(upstream.loss))
+        seen = None
         if upstream.has_stats():
-            of_stats = torch.stack([self.by_row_number(up) for up in upstream[1:]])
+            gradient["stats_upstream_ptr"] = torch.stack([self.by_row_number(up) for up in upstream[1:]])
         elif ahead:
-            seen, expects = self.new(), self.factor(expected)
-        self.remake(memory, slope, made, of_loss, of_stats, expects, seen)
+            gradient["expected_ptr"], gradient["seen_ptr"] = self.factor(expected), (seen := self.new())
+        if self.plan.schedule == "resident":
+            self.resident(**given, **gradient)
+        else:
+            self.gradient(**given, **gradient, summary_ptr=made.summary)
         return memory, slope, seen
+
+    def of_gradient(self, memory, slope, normalizer, upstream):
+        """What the gradient takes and where it goes."""
+        return {
+            "grad_ptr": None if memory is None else visible(self.problem, memory),
+            "slope_ptr": slope,
+            "normalizer_ptr": normalizer,
+            "upstream_ptr": upstream,
+        }
+
+    def of_loss(self, upstream):
+        """The loss's upstream gradient: one number, or with "none" one for each row."""
+        if upstream is None:
+            upstream = constant(0.0, self.acc, self.device)
+        if self.problem.reduction == "none" and not upstream.dim():
+            upstream = upstream.expand(self.layout.rows)
+        return upstream.contiguous()
 
     def by_row_number(self, upstream):
         """A statistic's upstream gradient, zeros if it has none, in the order of row numbers."""
@@ -365,172 +491,132 @@ class Call:
             return torch.zeros(self.layout.rows, dtype=self.acc, device=self.device)
         return upstream.to(self.acc).reshape(-1)
 
-    def factor(self, expected):
-        """The upstream gradient that is expected, on the device."""
-        return one(self.acc, self.device) if expected is None else expected
-
-    def statistics(self, stats, predicted):
+    def statistics(self, target, stats, predicted):
         """Those that are asked for, in the shape of the rows."""
         if not self.problem.stats:
             return ()
-        like = batch_shape(visible(self.problem, self.tensors.input).shape)
         found = {"predicted": predicted}
         if stats is not None:
-            found |= {name: row.view(like) for name, row in zip(FLOATING_STATS, stats.unbind(), strict=True)}
+            found |= {name: row.view(self.batch) for name, row in zip(FLOATING_STATS, stats.unbind(), strict=True)}
         if "correct" in self.problem.stats:
-            found["correct"] = self.correct(predicted)
+            found["correct"] = self.correct(target, predicted)
         return tuple(found[name] for name in self.problem.stats)
 
-    def correct(self, predicted):
+    def correct(self, target, predicted):
         if self.problem.probabilities:
-            return predicted == self.tensors.target.argmax(class_axis(self.tensors.target.shape))
-        target = self.target.long().view_as(predicted)
+            return predicted == target.argmax(class_axis(target.shape))
+        target = target.long().view_as(predicted)
         return (predicted == target) & (target != self.problem.ignore_index)
 
-    # The normaliser
+    # The normaliser, and the final sum
 
-    @property
-    def divisor(self):
-        """The normaliser where the host knows it: 1, or the number of rows for a mean over probabilities."""
-        mean = self.problem.reduction == "mean" and self.problem.probabilities
-        return float(self.layout.rows) if mean else 1.0
-
-    @property
-    def counts_rows(self):
-        """Whether the normaliser is the number, or weight, of the rows that are not ignored."""
-        if self.problem.reduction != "mean" or self.tensors.normalizer is not None:
-            return False
-        return not self.problem.probabilities or self.sample_weight is not None
-
-    def normalizer(self):
+    def normalizer(self, tensors, given):
         """Its only or its partial sums; None where there are few rows, or where `divisor` is the normaliser."""
-        if self.problem.reduction == "mean" and self.tensors.normalizer is not None:
-            return self.tensors.normalizer
+        if self.normalizer_parts is None:
+            return tensors.normalizer
+        out = self.new(self.normalizer_parts.grid[0])
+        self.normalizer_parts(parts_ptr=out, **{name: given[name] for name in COUNTED})
+        return out
+
+    def total(self, losses, given, normalizer):
+        """The sum of the tiles' losses over the normaliser, 0-dim, in the loss's dtype."""
+        if self.partial_sums is not None:
+            partial = self.new(self.partial_sums.grid[0])
+            self.partial_sums(losses_ptr=losses, out_ptr=partial)
+            losses = partial
+        out = self.new(dtype=self.problem.dtype)
+        self.sum(losses_ptr=losses, out_ptr=out, normalizer_ptr=normalizer, **{name: given[name] for name in COUNTED})
+        return out
+
+    # The launches
+
+    @functools.cached_property
+    def normalizer_parts(self):
         if not self.counts_rows or self.layout.rows <= FEW_ROWS:
             return None
         count, span = parts(self.layout.rows)
-        out = self.new(count)
-        normalizer_parts[(count,)](parts_ptr=out, span=span, **self.counted(), **REDUCTION)
-        return out
+        return Launch(normalizer_parts, count, span=span, **self.counted, **REDUCTION)
 
+    @functools.cached_property
+    def partial_sums(self):
+        """None where one program sums the losses."""
+        count, span = parts(self.plan.programs)
+        undivided = {"divisor": 1.0, "PARTS": 1, "COUNT": 0, "NOT_ZERO": False}
+        return self.sum_of(self.plan.programs, count, span, undivided) if count > 1 else None
+
+    @functools.cached_property
+    def sum(self):
+        count, _ = parts(self.plan.programs)
+        losses = self.plan.programs if count == 1 else count
+        return self.sum_of(losses, 1, losses, self.divided)
+
+    def sum_of(self, losses, programs, span, divided):
+        return Launch(sum_parts, programs, count=losses, span=span, **self.counted, **divided, **REDUCTION)
+
+    @functools.cached_property
+    def resident(self):
+        return Launch(resident_kernel, self.plan.programs, **self.numbers(self.plan))
+
+    @functools.cached_property
+    def streaming(self):
+        plan = self.plan
+        programs = min(plan.programs * plan.splits, plan.at_once)
+        return Launch(streaming_kernel, programs, **self.numbers(plan), **self.of_summary, tiles=plan.programs)
+
+    @functools.cached_property
+    def ends(self):
+        """The results of split rows, without a gradient."""
+        return Launch(gradient_kernel, self.plan.programs, **self.numbers(self.plan), **self.of_summary)
+
+    @functools.cached_property
+    def gradient(self):
+        """From a summary of each row, with the results of those that are split."""
+        after = gradient_plan(self.layout, self.plan)
+        return Launch(gradient_kernel, after.programs, **self.numbers(after), **self.of_summary)
+
+    # Their numbers
+
+    @property
     def counted(self):
         """What the rows are counted by."""
         return {
-            "target_ptr": self.target, "weight_ptr": self.weight, "sample_weight_ptr": self.sample_weight,
             "rows": self.layout.rows, "ignore_index": self.problem.ignore_index, "classes": self.layout.classes,
             "ACC": TRITON_DTYPE[self.acc],
         }  # fmt: skip
 
-    def divided(self, normalizer):
+    @property
+    def divided(self):
         """What the kernels that divide by the normaliser take, besides `counted`."""
+        mean = self.problem.reduction == "mean" and self.problem.probabilities
+        parts = self.normalizer_parts
         return {
-            "normalizer_ptr": normalizer, "divisor": self.divisor,
-            "PARTS": 1 if normalizer is None else normalizer.numel(),
-            "COUNT": FEW_ROWS if self.counts_rows and normalizer is None else 0,
+            "divisor": float(self.layout.rows) if mean else 1.0,  # the normaliser where the host knows it
+            "PARTS": parts.grid[0] if parts else 1,
+            "COUNT": FEW_ROWS if self.counts_rows and parts is None else 0,
             "NOT_ZERO": self.problem.on_all_ignored == "zero",
         }  # fmt: skip
 
-    def total(self, losses, normalizer):
-        """The sum of the tiles' losses over the normaliser, 0-dim, in the loss's dtype."""
-        count, span = parts(losses.numel())
-        if count > 1:
-            partial = self.new(count)
-            undivided = {"normalizer_ptr": None, "divisor": 1.0, "PARTS": 1, "COUNT": 0, "NOT_ZERO": False}
-            self.sum_parts(losses, partial, span, undivided)
-            losses = partial
-        out = self.new(dtype=self.problem.dtype)
-        self.sum_parts(losses, out, losses.numel(), self.divided(normalizer))
-        return out
+    @property
+    def of_summary(self):
+        return {"STATS": bool(self.problem.stats), "SPLITS": self.plan.splits}
 
-    def sum_parts(self, losses, out, span, divided):
-        sum_parts[(out.numel(),)](
-            losses_ptr=losses, out_ptr=out, count=losses.numel(), span=span, **self.counted(), **divided, **REDUCTION
-        )
-
-    # The walks over the logits
-
-    def walk(self, results, memory, slope, normalizer, summary, upstream):
-        """Row losses, or one sum for each tile, and statistics; and the gradient for the scalar `upstream`."""
-        plan = self.plan
-        if plan.schedule == "resident":
-            shared = self.arguments(plan, memory, slope, normalizer, upstream)
-            resident_kernel[(plan.programs,)](
-                **shared, **results, expected_ptr=None, seen_ptr=None, stats_upstream_ptr=None
-            )
-            return
-        ends = plan.splits == 1
-        walk = self.arguments(plan, memory if ends else None, slope if ends else None, normalizer, upstream)
-        streaming_kernel[(min(plan.programs * plan.splits, plan.at_once),)](
-            **walk,
-            **results,
-            summary_ptr=summary,
-            tiles=plan.programs,
-            STATS=bool(self.problem.stats),
-            SPLITS=plan.splits,
-        )
-        if not ends:
-            self.from_summary(results, memory, slope, normalizer, summary, upstream, None, None, None)
-
-    def remake(self, memory, slope, made, upstream, of_stats, expected, seen):
-        """The gradient for `upstream` and `of_stats`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
-        if self.plan.schedule == "resident":
-            shared = self.arguments(self.plan, memory, slope, made.normalizer, upstream)
-            resident_kernel[(self.plan.programs,)](
-                **shared, **NO_RESULTS, expected_ptr=expected, seen_ptr=seen, stats_upstream_ptr=of_stats
-            )
-        else:
-            self.from_summary(
-                NO_RESULTS, memory, slope, made.normalizer, made.summary, upstream, of_stats, expected, seen
-            )
-
-    def from_summary(self, results, memory, slope, normalizer, summary, upstream, of_stats, expected, seen):
-        """What is wanted of results and gradient of streamed or split rows."""
-        after = gradient_plan(self.layout, self.plan)
-        gradient_kernel[(self.plan.programs if memory is None else after.programs,)](
-            **self.arguments(after, memory, slope, normalizer, upstream), **results, expected_ptr=expected,
-            seen_ptr=seen, stats_upstream_ptr=of_stats, summary_ptr=summary, STATS=bool(self.problem.stats),
-            SPLITS=after.splits,
-        )  # fmt: skip
-
-    def number(self, name):
-        """One of `NUMBERS` on the device; None where it changes nothing."""
-        value = number(name, self.problem, self.tensors)
-        if isinstance(value, torch.Tensor):
-            return value
-        return None if value == getattr(Problem, name) else constant(value, self.acc, self.device)
-
-    def arguments(self, plan, memory, slope, normalizer, upstream):
+    def numbers(self, plan):
         """What the schedules' kernels have in common."""
-        problem = self.problem
+        problem, layout = self.problem, self.layout
+        x, g, q = layout.strides
+        class_vec, row_vec = vectors(layout, self.itemsize)
+        if plan.edge:
+            class_vec = 1  # what divides the rows does not matter
         return {
-            **self.counted(), **self.divided(normalizer), **numbers(problem, self.layout, plan, self.x.element_size()),
-            "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream,
-            "logit_scale_ptr": self.number("logit_scale"), "softcap_ptr": self.number("softcap"),
-            "z_loss_ptr": self.number("z_loss"),
-            "grad_ptr": None if memory is None else visible(problem, memory), "slope_ptr": slope,
+            **self.counted, **self.divided,
+            "inner": layout.inner,
+            "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
+            "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
+            "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
+            "row_outer": layout.row_outer, "row_inner": layout.row_inner,
+            "smoothing": problem.label_smoothing, "SMOOTH": problem.label_smoothing > 0,
+            "ENTROPY": "entropy" in problem.stats, "PER_ROW": problem.reduction == "none",
+            "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
+            "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
+            "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
         }  # fmt: skip
-
-
-# Calls of the same shapes and options have the same numbers, and look them up.
-planned = functools.lru_cache(maxsize=1024)(plan)
-
-
-@functools.lru_cache(maxsize=1024)
-def numbers(problem, layout, plan, itemsize):
-    """Those of a kernel's arguments that are no tensors."""
-    x, g, q = layout.strides
-    class_vec, row_vec = vectors(layout, itemsize)
-    if plan.edge:
-        class_vec = 1  # what divides the rows does not matter
-    return {
-        "inner": layout.inner,
-        "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
-        "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
-        "g_outer": g[0], "g_inner": g[1], "g_class": g[2],
-        "row_outer": layout.row_outer, "row_inner": layout.row_inner,
-        "smoothing": problem.label_smoothing, "SMOOTH": problem.label_smoothing > 0,
-        "ENTROPY": "entropy" in problem.stats, "PER_ROW": problem.reduction == "none",
-        "WIDE": is_wide(layout, plan), "CLASS_VEC": class_vec, "ROW_VEC": row_vec,
-        "ROWS": plan.rows, "BLOCK": plan.block, "REST": plan.rest, "EDGE": plan.edge,
-        "num_warps": plan.num_warps, "num_ctas": plan.num_ctas,
-    }  # fmt: skip

@@ -72,7 +72,7 @@ def many_blocks(cpu_blocks, monkeypatch):
 def triton_backend(monkeypatch):
     """The Triton kernels take every call that they can, on every device. Returns their calls."""
     launch = pytest.importorskip("xent_ext.kernels.launch", exc_type=ImportError)
-    launch.planned.cache_clear()  # tests change the numbers that plans are made of
+    launch.setup.cache_clear()  # tests change the numbers that plans are made of
     monkeypatch.setattr(dispatch, "BACKEND", "triton")
     monkeypatch.setattr(dispatch, "CHECK", False)
     return Calls().watch(monkeypatch, launch)
