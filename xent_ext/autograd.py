@@ -23,11 +23,12 @@ the upstream gradient over the one that was expected, and hands it out once.
 import dataclasses
 import functools
 import weakref
+from typing import NamedTuple
 
 import torch
 
 from . import reference
-from .problem import Made, Tensors, Upstream, Wanted
+from .problem import Made, Problem, Tensors, Upstream, Wanted
 
 
 class Expectation:
@@ -76,9 +77,18 @@ def shared_expectation(problem, device):
     return Expectation()
 
 
-def is_batched(upstream):
-    """Whether this stands for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+def is_batched(*upstream):
+    """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return torch._C._are_functorch_transforms_active() or any([legacy(up) for up in upstream if up is not None])
+
+
+class Call(NamedTuple):
+    """What belongs to a loss besides its tensors."""
+
+    problem: Problem
+    implementation: object
+    expectation: Expectation
 
 
 def apply(implementation, problem, tensors, expectation):
@@ -86,10 +96,10 @@ def apply(implementation, problem, tensors, expectation):
     recorded = torch.is_grad_enabled()
     if problem.inplace and not (recorded and tensors.input.requires_grad):
         problem = dataclasses.replace(problem, inplace=False)
-    if not recorded or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if not recorded or not any([tensor is not None and tensor.requires_grad for tensor in tensors]):
         made = implementation.forward(problem, tensors, Wanted(), None)
         return made.loss, made.stats
-    loss, *stats = CrossEntropy.apply(problem, implementation, expectation, *tensors)
+    loss, *stats = CrossEntropy.apply(Call(problem, implementation, expectation), *tensors)
     if problem.inplace:
         Overwritten.apply(tensors.input)
         loss.grad_fn.version = tensors.input._version
@@ -104,37 +114,37 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, problem, implementation, expectation, *tensors):
-        tensors = Tensors(*tensors)
-        ctx.wanted = wanted(Tensors(*ctx.needs_input_grad[3:]))
-        ctx.expected = expectation.get(tensors.input)
+    def forward(ctx, call, *tensors):
+        problem, tensors = call.problem, Tensors(*tensors)
+        ctx.wanted = wanted(Tensors(*ctx.needs_input_grad[1:]))
+        ctx.expected = call.expectation.get(tensors.input)
         if problem.inplace:
             ctx.expected = divisor(ctx.expected)
-        made = implementation.forward(problem, tensors, ctx.wanted, ctx.expected)
+        made = call.implementation.forward(problem, tensors, ctx.wanted, ctx.expected)
         saved = tensors._replace(input=None) if problem.inplace else tensors
         ctx.save_for_backward(*saved, made.losses, made.normalizer, made.summary)
-        ctx.made, ctx.slope = made.gradient, made.slope
-        ctx.problem, ctx.implementation, ctx.expectation = problem, implementation, expectation
+        ctx.call, ctx.made, ctx.slope = call, made.gradient, made.slope
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*flat(problem, made.stats))
         return made.loss, *made.stats
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        upstream = upstream_of(ctx.problem, loss, stats)
+        problem = ctx.call.problem
+        upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
-            return (None,) * (3 + len(Tensors._fields))
+            return (None,) * (1 + len(Tensors._fields))
         *tensors, losses, normalizer, summary = ctx.saved_tensors
         tensors = Tensors(*tensors)
         made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
         plain = must_be_plain(upstream)
-        if ctx.problem.inplace:
+        if problem.inplace:
             refuse(ctx, plain, upstream)
-        needed = Tensors(*ctx.needs_input_grad[3:])
+        needed = Tensors(*ctx.needs_input_grad[1:])
         if plain:
-            return None, None, None, *differentiable_gradients(ctx.problem, tensors, needed, upstream)
+            return None, *differentiable_gradients(problem, tensors, needed, upstream)
         ctx.made = ctx.slope = None
-        return None, None, None, *gradients(ctx, tensors, needed, made, upstream)
+        return None, *gradients(ctx, tensors, needed, made, upstream)
 
 
 def wanted(needed):
@@ -156,20 +166,19 @@ def upstream_of(problem, loss, stats):
 
 def must_be_plain(upstream):
     """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be."""
-    return torch.is_grad_enabled() or any(is_batched(up) for up in upstream if up is not None)
+    return torch.is_grad_enabled() or is_batched(*upstream)
 
 
 def gradients(ctx, tensors, needed, made, upstream):
     """The gradients of all tensors, as `Tensors`."""
+    problem, implementation, expectation = ctx.call
     gradient = slope = weight = None
     if ctx.wanted.gradient:
-        gradient, slope, seen = ctx.implementation.backward(
-            ctx.problem, tensors, ctx.wanted, made, upstream, ctx.expected
-        )
+        gradient, slope, seen = implementation.backward(problem, tensors, ctx.wanted, made, upstream, ctx.expected)
         if seen is not None:
-            ctx.expectation.note(seen, gradient)
+            expectation.note(seen, gradient)
     if needed.sample_weight and upstream.loss is not None:
-        weight = sample_weight_gradient(ctx.problem, tensors, made.losses, upstream.loss)
+        weight = sample_weight_gradient(problem, tensors, made.losses, upstream.loss)
     return Tensors(
         gradient if needed.input else None,
         None,

@@ -119,7 +119,7 @@ def supported_route(tensors, with_options):
 
 def unsupported(tensors):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
-    traced = torch.compiler.is_compiling()  # an operator gets no negative views, and no dispatch modes see into it
+    traced = torch.compiler.is_compiling()  # an operator gets no negative views
     input, target, weight = tensors[:3]
     for tensor in tensors:
         if tensor is None:
@@ -136,11 +136,16 @@ def unsupported(tensors):
         return "nothing to compute"
     if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
         return "a gradient with respect to the target or the weight is wanted"
+    return unsupported_here()
+
+
+def unsupported_here():
+    """Why they can take no call now, whatever its tensors, or None."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not traced and torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():  # no mode sees into an operator
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"

@@ -175,10 +175,10 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
         except Exception:
             prepare(None, *arguments, check_values=True)  # raises the same, said more clearly
             raise
-    name, _, problem, tensors = prepare(None, *arguments)
+    name, problem = checked(*arguments)
     if name == "torch":
         return _torch_cross_entropy(*arguments)
-    return run(owner, name, problem, tensors)[0]
+    return run(owner, name, problem, Tensors(input, target, weight))[0]
 
 
 def with_options(owner, options, *arguments):
@@ -214,6 +214,40 @@ def statistics(names, problem, target, found):
         counted = correct.numel() if problem.probabilities else (target.long() != problem.ignore_index).sum()
         found["accuracy"] = correct.sum() / counted
     return CrossEntropyStats(**{name: found[name] for name in names})
+
+
+def checked(*arguments):
+    """The name of a call's implementation, and its Problem. Calls without options that are alike are checked once."""
+    key = signature(*arguments)
+    if key not in _checked:
+        name, _, problem, _ = prepare(None, *arguments)
+        if key is None:
+            return name, problem
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked[key] = name, problem
+    return _checked[key]
+
+
+_checked = {}  # by signature
+_MOST_CHECKED = 1024
+
+
+def signature(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
+    """All that the outcome of `prepare` depends on, or None for calls where it would be too much."""
+    tensors = (input, target) if weight is None else (input, target, weight)
+    if (
+        not size_average is reduce is None
+        or not (type(reduction) is str and type(ignore_index) is int and type(label_smoothing) is float)
+        or any([type(tensor) not in dispatch.PLAIN for tensor in tensors])
+        or dispatch.CHECK
+        or dispatch.unsupported_here()
+    ):
+        return None
+    return (
+        reduction, ignore_index, label_smoothing, dispatch.BACKEND, torch.is_grad_enabled(), dispatch.is_autocast(input),
+        *[(t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg()) for t in tensors],
+    )  # fmt: skip
 
 
 def prepare(options, *arguments, check_values=False):

@@ -77,7 +77,7 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
     def has_stats(self):
-        return any(tensor is not None for tensor in self[1:])
+        return not self.logprob is self.lse is self.entropy is None
 
 
 @dataclass(frozen=True)
