@@ -79,8 +79,7 @@ def target(backend, arch):
         limit = PROPERTIES[arch]["max_shared_mem"]
         if kernel.metadata.shared > limit:
             raise OutOfResources(kernel.metadata.shared, limit, "shared memory")
-        launches.append(Launch(kernel, kwargs))
-        return kernel
+        launches.append(Launch(kernel, kwargs))  # and not returned: nobody is to keep it and launch it
 
     with (
         mock.patch.dict(vars(triton.runtime.driver)),  # puts back whatever driver was active

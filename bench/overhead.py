@@ -90,10 +90,15 @@ def launches_stubbed():
     from triton.runtime import KernelInterface
     from xent_ext.kernels import launch
 
+    def gpu(index):  # not a Mock: to call one takes longer than much of what is timed
+        return launch.INTERPRETED
+
+    def work(device, plan):
+        return True
+
     with (
         mock.patch.object(KernelInterface, "__getitem__", no_launch),
         mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
-        mock.patch.object(launch, "device_properties", lambda index: launch.INTERPRETED),
-        mock.patch.object(launch, "clusters_work", lambda *args: True),
+        mock.patch.multiple(launch, device_properties=gpu, clusters_work=work),
     ):
         yield

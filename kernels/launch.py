@@ -330,6 +330,8 @@ class Setup:
         self.x_stride, self.q_stride = x.stride(), None if q is None else q.stride()
         self.itemsize = x.element_size()
         self.batch = batch_shape(x.shape)
+        self.has_floating_stats = not {*FLOATING_STATS}.isdisjoint(problem.stats)
+        self.predicts = not {"predicted", "correct"}.isdisjoint(problem.stats)
         # Whether the normaliser is the number, or weight, of the rows that are not ignored.
         self.counts_rows = (
             problem.reduction == "mean"
@@ -419,8 +421,8 @@ class Setup:
         slope = self.new_slope() if now and wanted.slope else None
         summary = self.new(*self.summary_shape) if self.summarised(wanted.gradient) else None
         row_losses = self.new(*self.batch) if wanted.losses else None
-        stats = self.new(4, self.layout.rows) if {*FLOATING_STATS} & {*problem.stats} else None
-        predicted = self.new(*self.batch, dtype=torch.int64) if {"predicted", "correct"} & {*problem.stats} else None
+        stats = self.new(4, self.layout.rows) if self.has_floating_stats else None
+        predicted = self.new(*self.batch, dtype=torch.int64) if self.predicts else None
         per_row = problem.reduction == "none"
         losses = self.new(*self.batch, dtype=problem.dtype) if per_row else self.new(self.plan.programs)
         results = {
@@ -461,7 +463,9 @@ class Setup:
         if upstream.has_stats():
             gradient["stats_upstream_ptr"] = torch.stack([self.by_row_number(up) for up in upstream[1:]])
         elif ahead:
-            gradient["expected_ptr"], gradient["seen_ptr"] = self.factor(expected), (seen := self.new())
+            expected = self.factor(expected)
+            seen = torch.empty_like(expected)
+            gradient |= {"expected_ptr": expected, "seen_ptr": seen}
         if self.plan.schedule == "resident":
             self.resident(**given, **gradient)
         else:
