@@ -89,8 +89,14 @@ def target(backend, arch):
         mock.patch.object(launch, "TUNING", None),  # which is for a device that is there
     ):
         triton.runtime.driver.set_active(Driver(backend, arch))
-        launch.device_properties.cache_clear()
+        forget()
         try:
             yield launches
         finally:
-            launch.device_properties.cache_clear()
+            forget()
+
+
+def forget():
+    """What was found for one driver is not for another."""
+    launch.device_properties.cache_clear()
+    launch.setup.cache_clear()

@@ -80,7 +80,7 @@ def shared_expectation(problem, device):
 def is_batched(*upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
     legacy = torch._C._functorch.is_legacy_batchedtensor
-    return torch._C._are_functorch_transforms_active() or any([legacy(up) for up in upstream if up is not None])
+    return torch._C._are_functorch_transforms_active() or any(legacy(up) for up in upstream if up is not None)
 
 
 class Call(NamedTuple):
@@ -96,7 +96,7 @@ def apply(implementation, problem, tensors, expectation):
     recorded = torch.is_grad_enabled()
     if problem.inplace and not (recorded and tensors.input.requires_grad):
         problem = dataclasses.replace(problem, inplace=False)
-    if not recorded or not any([tensor is not None and tensor.requires_grad for tensor in tensors]):
+    if not recorded or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         made = implementation.forward(problem, tensors, Wanted(), None)
         return made.loss, made.stats
     loss, *stats = CrossEntropy.apply(Call(problem, implementation, expectation), *tensors)

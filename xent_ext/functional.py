@@ -239,13 +239,14 @@ def signature(input, target, weight, size_average, ignore_index, reduce, reducti
     if (
         not size_average is reduce is None
         or not (type(reduction) is str and type(ignore_index) is int and type(label_smoothing) is float)
-        or any([type(tensor) not in dispatch.PLAIN for tensor in tensors])
+        or any(type(tensor) not in dispatch.PLAIN for tensor in tensors)
         or dispatch.CHECK
         or dispatch.unsupported_here()
     ):
         return None
     return (
-        reduction, ignore_index, label_smoothing, dispatch.BACKEND, torch.is_grad_enabled(), dispatch.is_autocast(input),
+        reduction, ignore_index, label_smoothing,
+        dispatch.BACKEND, torch.is_grad_enabled(), dispatch.is_autocast(input),
         *[(t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg()) for t in tensors],
     )  # fmt: skip
 
