@@ -166,7 +166,11 @@ def backward(problem, tensors, wanted, made, upstream, expected):
     with on_device(made.gradient if problem.inplace else tensors.input):
         if problem.inplace:
             return rescaled(problem, made, upstream.loss, expected)
-        return setup_for(problem, tensors).backward(tensors, wanted, made, upstream, expected)
+        setup = setup_for(problem, tensors)
+        if setup is not made.setup:
+            # Hooks on saved tensors brought one back in other strides, say: what is left of forward does not fit.
+            made = setup.forward(tensors, wanted, expected)
+        return setup.backward(tensors, wanted, made, upstream, expected)
 
 
 def rescaled(problem, made, upstream, expected):
@@ -438,6 +442,7 @@ class Setup:
             losses=row_losses,
             normalizer=normalizer,
             summary=summary,
+            setup=self,
         )
 
     def walk(self, given, results, gradient, summary):

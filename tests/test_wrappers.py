@@ -313,6 +313,21 @@ def test_saved_tensors_hooks(fused, device, reduction, probabilities):
     assert sum(tensor.shape == input.shape for tensor in packed) == 1 + probabilities
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(6, 40), (2, 7, 5)], ids=str)
+def test_saved_tensors_come_back_in_other_strides(triton_backend, device, shape, reduction):
+    """As `save_on_cpu` brings back logits whose classes are strided: what forward left is laid out for the others."""
+    x = torch.randn(shape[::-1], device=device).permute(*reversed(range(len(shape)))).requires_grad_()
+    target = torch.randint(shape[1], shape[:1] + shape[2:], device=device)
+
+    def gradient(function):
+        return torch.autograd.grad(function(x, target, reduction=reduction).square().sum(), x)[0]
+
+    with saved_tensors_hooks(lambda tensor: tensor, torch.Tensor.contiguous):
+        found = gradient(xent_ext.cross_entropy)
+    torch.testing.assert_close(found, gradient(F.cross_entropy))
+
+
 def test_functional_call(fused, device):
     model = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.LogSoftmax(1)).to(device)
     criterion = xent_ext.CrossEntropyLoss(torch.rand(5, device=device))

@@ -123,7 +123,7 @@ class CrossEntropy(torch.autograd.Function):
         made = call.implementation.forward(problem, tensors, ctx.wanted, ctx.expected)
         saved = tensors._replace(input=None) if problem.inplace else tensors
         ctx.save_for_backward(*saved, made.losses, made.normalizer, made.summary)
-        ctx.call, ctx.made, ctx.slope = call, made.gradient, made.slope
+        ctx.call, ctx.setup, ctx.made, ctx.slope = call, made.setup, made.gradient, made.slope
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*flat(problem, made.stats))
         return made.loss, *made.stats
@@ -136,7 +136,7 @@ class CrossEntropy(torch.autograd.Function):
             return (None,) * (1 + len(Tensors._fields))
         *tensors, losses, normalizer, summary = ctx.saved_tensors
         tensors = Tensors(*tensors)
-        made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
+        made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary, ctx.setup)
         plain = must_be_plain(upstream)
         if problem.inplace:
             refuse(ctx, plain, upstream)

@@ -66,6 +66,7 @@ class Made(NamedTuple):
     losses: Tensor | None = None  # row losses before `sample_weight` and the reduction
     normalizer: Tensor | None = None  # the implementation's own, which its backward gets again
     summary: Tensor | None = None
+    setup: object = None  # its own, too: no tensor
 
 
 class Upstream(NamedTuple):
