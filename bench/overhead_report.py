@@ -26,7 +26,8 @@ def cell(peer: dict) -> str:
     if "median_ms" not in peer:
         return peer["status"].upper()
     low, high = peer["quartiles_ms"]
-    return f"{1e3 * peer['median_ms']:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})"
+    ratio = f", {peer['over_eager']:.2f}x torch_eager" if "over_eager" in peer else ""
+    return f"{1e3 * peer['median_ms']:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f}){ratio}"
 
 
 def figure(result: dict) -> Figure:

@@ -118,6 +118,8 @@ def test_overhead_times_calls_and_stubbed_launches(tmp_path):
             "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked"
         }  # fmt: skip
         assert all(peer["median_ms"] > 0 for peer in row["peers"].values())
+        assert row["peers"][overhead.STUBBED]["over_eager"] > 0
+    assert overhead.text(result).count("x torch_eager") == len(result["rows"])
 
 
 def test_stubbed_launches_take_the_triton_path(monkeypatch):
