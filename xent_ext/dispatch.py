@@ -145,7 +145,7 @@ def unsupported_here():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():  # no mode sees into an operator
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # no mode sees into an operator
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
