@@ -29,6 +29,7 @@ from ..plan import (
     parts,
     plan,
     vectors,
+    waiting,
 )
 from ..problem import Made, Problem, Tensors, Wanted
 from ..reference import accumulation_dtype
@@ -153,8 +154,8 @@ def rescaled(problem, made, upstream, expected):
     walk = gradient_plan(seen_as, plan(seen_as, itemsize, acc.itemsize, device, schedule="streaming"))
     class_vec, row_vec = vectors(seen_as, itemsize)
     outer, inner, by_class = seen_as.strides[0]
-    rescale[(walk.programs,)](
-        gradient, upstream, expected, seen, seen_as.inner, seen_as.classes, outer, inner, by_class,
+    rescale[(waiting(walk, device),)](
+        gradient, upstream, expected, seen, walk.programs, seen_as.inner, seen_as.classes, outer, inner, by_class,
         ROWS=walk.rows, BLOCK=walk.block, WIDE=is_wide(seen_as, walk), CLASS_VEC=class_vec, ROW_VEC=row_vec,
         ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps,
     )  # fmt: skip
@@ -436,7 +437,6 @@ class Call:
             **walk,
             **results,
             summary_ptr=summary,
-            tiles=plan.programs,
             STATS=bool(self.problem.stats),
             SPLITS=plan.splits,
         )
@@ -447,7 +447,7 @@ class Call:
         """The gradient for `upstream` and `of_stats`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
         if self.plan.schedule == "resident":
             shared = self.arguments(self.plan, memory, slope, made.normalizer, upstream)
-            resident_kernel[(self.plan.programs,)](
+            resident_kernel[(self.grid(self.plan, expected),)](
                 **shared, **NO_RESULTS, expected_ptr=expected, seen_ptr=seen, stats_upstream_ptr=of_stats
             )
         else:
@@ -458,11 +458,15 @@ class Call:
     def from_summary(self, results, memory, slope, normalizer, summary, upstream, of_stats, expected, seen):
         """What is wanted of results and gradient of streamed or split rows."""
         after = gradient_plan(self.layout, self.plan)
-        gradient_kernel[(self.plan.programs if memory is None else after.programs,)](
+        gradient_kernel[(self.plan.programs if memory is None else self.grid(after, expected),)](
             **self.arguments(after, memory, slope, normalizer, upstream), **results, expected_ptr=expected,
             seen_ptr=seen, stats_upstream_ptr=of_stats, summary_ptr=summary, STATS=bool(self.problem.stats),
             SPLITS=after.splits,
         )  # fmt: skip
+
+    def grid(self, plan, expected):
+        """Programs of a pass that makes a gradient; few, if it may be the expected one already."""
+        return plan.programs if expected is None else waiting(plan, device_properties(self.device.index or 0))
 
     def option(self, value):
         return None if value is None else constant(value, self.acc, self.device)
@@ -475,7 +479,7 @@ class Call:
             scale = self.option(problem.logit_scale)
         return {
             **self.counted(), **self.divided(normalizer), **numbers(problem, self.layout, plan, self.x.element_size()),
-            "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream,
+            "x_ptr": self.x, "q_ptr": self.q, "upstream_ptr": upstream, "tiles": self.plan.programs,
             "logit_scale_ptr": scale, "softcap_ptr": self.option(problem.softcap),
             "z_loss_ptr": self.option(problem.z_loss or None),
             "grad_ptr": None if memory is None else visible(problem, memory), "slope_ptr": slope,

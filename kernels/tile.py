@@ -294,6 +294,12 @@ def normalizer(
 
 
 @triton.jit
+def share_of(items):
+    """How many of the items this program does, of n programs: that of its own number, and every n-th after it."""
+    return tl.cdiv(items - tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
 def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
     """Whether the upstream gradient is the expected one; notes it."""
     upstream = tl.load(upstream_ptr).to(ACC)

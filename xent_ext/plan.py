@@ -85,6 +85,9 @@ LONG_ROW = 4096
 STREAMING_THREADS, STREAMED_LOGITS = 512, 16
 # Few rows: small programs, so that a row of 150,000 classes keeps 37 of them busy.
 SPLIT_THREADS, SPLIT_LOGITS = 256, 16
+# Programs for each processor that do a pass in turns if there is anything to do: enough to fill it, and few where there
+# is not, as a program that returns at once costs about a nanosecond.
+WAITING = 16
 # The share of L2 that streaming counts on: its halves hold copies of each other's lines, and other things live there.
 USABLE_L2 = 0.6
 # Its size where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
@@ -228,6 +231,11 @@ def edge_vector(layout, itemsize):
     )
     narrow = vectors(layout, itemsize)[0] < widest // 2
     return widest if congruent and narrow and layout.classes >= SHORTEST_BODY * widest else 0
+
+
+def waiting(plan, device):
+    """How many programs, or clusters, a launch has that makes a gradient only if the expected one was wrong."""
+    return min(plan.programs, max(device.processors * WAITING // plan.num_ctas, 1))
 
 
 def gradient_plan(layout, forward):
