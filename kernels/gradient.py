@@ -182,6 +182,7 @@ def gradient(
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
     NOT_ZERO: tl.constexpr,
+    TURNS: tl.constexpr,  # there are fewer programs than blocks of tiles
     STATS: tl.constexpr,
     SPLITS: tl.constexpr,  # parts that the summary has of each row
     ROWS: tl.constexpr,
@@ -193,11 +194,12 @@ def gradient(
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    blocks = 1 if grad_ptr is None else tl.cdiv(classes, BLOCK)
-    count = 1  # a constant: no loop is compiled
     if expected_ptr is not None:
         if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
+    blocks = 1 if grad_ptr is None else tl.cdiv(classes, BLOCK)
+    count = 1  # a constant: no loop is compiled
+    if TURNS:
         count = share_of(tiles * blocks)
     for i in range(count):
         item = tl.program_id(0) + i * tl.num_programs(0)

@@ -154,7 +154,7 @@ def rescaled(problem, made, upstream, expected):
     walk = gradient_plan(seen_as, plan(seen_as, itemsize, acc.itemsize, device, schedule="streaming"))
     class_vec, row_vec = vectors(seen_as, itemsize)
     outer, inner, by_class = seen_as.strides[0]
-    rescale[(waiting(walk, device),)](
+    rescale[(waiting(walk, acc.itemsize, device),)](
         gradient, upstream, expected, seen, walk.programs, seen_as.inner, seen_as.classes, outer, inner, by_class,
         ROWS=walk.rows, BLOCK=walk.block, WIDE=is_wide(seen_as, walk), CLASS_VEC=class_vec, ROW_VEC=row_vec,
         ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps,
@@ -428,7 +428,7 @@ class Call:
         if plan.schedule == "resident":
             shared = self.arguments(plan, memory, slope, normalizer, upstream)
             resident_kernel[(plan.programs,)](
-                **shared, **results, expected_ptr=None, seen_ptr=None, stats_upstream_ptr=None
+                **shared, **results, TURNS=False, expected_ptr=None, seen_ptr=None, stats_upstream_ptr=None
             )
             return
         ends = plan.splits == 1
@@ -447,8 +447,14 @@ class Call:
         """The gradient for `upstream` and `of_stats`; nothing, if that is `expected`. Notes `upstream` in `seen`."""
         if self.plan.schedule == "resident":
             shared = self.arguments(self.plan, memory, slope, made.normalizer, upstream)
-            resident_kernel[(self.grid(self.plan, expected),)](
-                **shared, **NO_RESULTS, expected_ptr=expected, seen_ptr=seen, stats_upstream_ptr=of_stats
+            programs = self.programs(self.plan, expected)
+            resident_kernel[(programs,)](
+                **shared,
+                **NO_RESULTS,
+                TURNS=programs < self.plan.programs,
+                expected_ptr=expected,
+                seen_ptr=seen,
+                stats_upstream_ptr=of_stats,
             )
         else:
             self.from_summary(
@@ -458,15 +464,18 @@ class Call:
     def from_summary(self, results, memory, slope, normalizer, summary, upstream, of_stats, expected, seen):
         """What is wanted of results and gradient of streamed or split rows."""
         after = gradient_plan(self.layout, self.plan)
-        gradient_kernel[(self.plan.programs if memory is None else self.grid(after, expected),)](
+        programs = self.plan.programs if memory is None else self.programs(after, expected)
+        gradient_kernel[(programs,)](
             **self.arguments(after, memory, slope, normalizer, upstream), **results, expected_ptr=expected,
-            seen_ptr=seen, stats_upstream_ptr=of_stats, summary_ptr=summary, STATS=bool(self.problem.stats),
+            TURNS=memory is not None and programs < after.programs, seen_ptr=seen, stats_upstream_ptr=of_stats, summary_ptr=summary, STATS=bool(self.problem.stats),
             SPLITS=after.splits,
         )  # fmt: skip
 
-    def grid(self, plan, expected):
-        """Programs of a pass that makes a gradient; few, if it may be the expected one already."""
-        return plan.programs if expected is None else waiting(plan, device_properties(self.device.index or 0))
+    def programs(self, plan, expected):
+        """Of a pass that makes a gradient; few, if it may be the expected one already."""
+        if expected is None:
+            return plan.programs
+        return waiting(plan, self.acc.itemsize, device_properties(self.device.index or 0))
 
     def option(self, value):
         return None if value is None else constant(value, self.acc, self.device)

@@ -74,6 +74,7 @@ def resident(
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
     NOT_ZERO: tl.constexpr,
+    TURNS: tl.constexpr,  # there are fewer programs than tiles
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,  # 0: the row has no second piece
@@ -83,10 +84,11 @@ def resident(
     ROW_VEC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    count = 1  # a constant: no loop is compiled
     if expected_ptr is not None:
         if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
+    count = 1  # a constant: no loop is compiled
+    if TURNS:
         count = share_of(tiles)
     for i in range(count):
         tile = tl.program_id(0) + i * tl.num_programs(0)

@@ -233,9 +233,13 @@ def edge_vector(layout, itemsize):
     return widest if congruent and narrow and layout.classes >= SHORTEST_BODY * widest else 0
 
 
-def waiting(plan, device):
-    """How many programs, or clusters, a launch has that makes a gradient only if the expected one was wrong."""
-    return min(plan.programs, max(device.processors * WAITING // plan.num_ctas, 1))
+def waiting(plan, accumulated, device):
+    """How many programs, or clusters, a launch has that makes a gradient only if the expected one was wrong.
+
+    In double precision one for each tile: its exponential has branches, which are left out of a loop.
+    """
+    few = max(device.processors * WAITING // plan.num_ctas, 1)
+    return min(plan.programs, few) if accumulated == 4 else plan.programs
 
 
 def gradient_plan(layout, forward):
