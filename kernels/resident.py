@@ -28,6 +28,9 @@ from .tile import (
     was_expected,
 )
 
+# From this width on a thread holds several vectors of a row.
+WIDE_TILE = tl.constexpr(1024)
+
 
 @triton.jit(do_not_specialize=["ignore_index", "rows", "tiles"])
 def resident(
@@ -184,7 +187,7 @@ def resident(
                 m, s, mass, total, point, scale, z_loss_ptr, stats_upstream_ptr, rows, row, counted, q_ptr is None
             )
             t_body = None if t is None else t - skip
-            VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+            VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if BLOCK >= WIDE_TILE else 1
             g, slope = tile_gradient(
                 x, z, e, b, q, m, s, spread, scale, factor, of_point, of_logprob, of_entropy, t_body, column, mask,
                 logit_scale_ptr, softcap_ptr, stats_upstream_ptr, VEC, ENTROPY, slope_ptr is not None,
@@ -193,7 +196,8 @@ def resident(
             if REST > 0:
                 g_rest, slope_rest = tile_gradient(
                     x_rest, z_rest, e_rest, b_rest, q_rest, m, s, spread, scale, factor, of_point, of_logprob,
-                    of_entropy, t, rest, rest_mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, VEC, ENTROPY,
+                    of_entropy, t, rest, rest_mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr,
+                    1 if EDGE > 0 else VEC, ENTROPY,
                     slope_ptr is not None,
                 )  # fmt: skip
                 store_gradient(grad_ptr, g_row, rest, g_class, live, rest_inside, g_rest, WIDE, ROW_VEC)
