@@ -22,6 +22,7 @@ from .tile import (
     row_factors,
     row_offsets,
     row_scale,
+    share_of,
     store_gradient,
     store_results,
     tile_gradient,
@@ -83,10 +84,9 @@ def piece_gradient(
     if SMOOTH or q_ptr is not None:
         b = tile_mass(q, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, ACC)
     t_column = None if t is None else t - skip
-    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     g, slope = tile_gradient(
         x, z, exponentials(z, m), b, q, m, s, spread, scale, factor, of_point, of_logprob, of_entropy, t_column, column,
-        mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, VEC, ENTROPY, SLOPE,
+        mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, 1, ENTROPY, SLOPE,
     )  # fmt: skip
     store_gradient(grad_ptr, g_offset, column, g_class, live, inside, g, WIDE, ROW_VEC)
     return slope
@@ -135,7 +135,7 @@ def load_summary(summary_ptr, rows, row, mask, classes, STATS: tl.constexpr, SPL
     return merge_all(m, s, mass, dot, spread, total, cross, best, classes, STATS)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "rows"])
+@triton.jit(do_not_specialize=["ignore_index", "rows", "tiles"])
 def gradient(
     x_ptr,
     target_ptr,  # class indices, or None
@@ -158,6 +158,7 @@ def gradient(
     grad_ptr,
     slope_ptr,
     rows: tl.int64,
+    tiles,
     inner,
     classes,
     x_outer,
@@ -180,6 +181,7 @@ def gradient(
     PARTS: tl.constexpr,
     COUNT: tl.constexpr,
     NOT_ZERO: tl.constexpr,
+    TURNS: tl.constexpr,  # there are fewer programs than blocks of tiles
     STATS: tl.constexpr,
     SPLITS: tl.constexpr,  # parts that the summary has of each row
     ROWS: tl.constexpr,
@@ -195,70 +197,76 @@ def gradient(
         if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
             return
     blocks = 1 if grad_ptr is None else tl.cdiv(classes, BLOCK)
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    outer, first, row, live = program_rows(tile, inner, row_outer, row_inner, ROWS, ROW_VEC)
-    x_row = row_offsets(outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-    t = None
-    if q_ptr is None:
-        t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
-        point = index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH, ACC)
-    else:
-        counted = live
-        point = tl.zeros((ROWS,), ACC)
-    weight = loss_weight(sample_weight_ptr, row, counted, ACC)
-    m, s, mass, dot, spread, total, cross, best = load_summary(
-        summary_ptr, rows, row, counted, classes, STATS, SPLITS, ACC
-    )
-    mass += point
-
-    if loss_ptr is not None:
-        z_t = None
+    count = 1  # a constant: no loop is compiled
+    if TURNS:
+        count = share_of(tiles * blocks)
+    for i in range(count):
+        item = tl.program_id(0) + i * tl.num_programs(0)
+        tile = item // blocks
+        block = item % blocks
+        outer, first, row, live = program_rows(tile, inner, row_outer, row_inner, ROWS, ROW_VEC)
+        x_row = row_offsets(outer, first, x_outer, x_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        t = None
         if q_ptr is None:
-            z_t = load_at_index(x_ptr, x_row, t, x_class, valid, logit_scale_ptr, softcap_ptr, WIDE, ACC)
-            dot += point_dot(point, z_t, m)
-        if block == 0:
-            store_results(
-                loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tile, rows, row, live, counted, weight,
-                z_t, m, s, mass, dot, spread, total, cross, best, classes, PER_ROW, ENTROPY,
-            )  # fmt: skip
-    if grad_ptr is not None:
-        q_row = row_offsets(outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-        g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-        total_weight = normalizer(
-            normalizer_ptr, divisor, target_ptr, weight_ptr, sample_weight_ptr, rows, ignore_index, classes, PARTS,
-            COUNT, NOT_ZERO, ACC,
-        )  # fmt: skip
-        scale = row_scale(upstream_ptr, total_weight, weight, row, counted, PER_ROW, ACC)
-        factor, of_point, of_logprob, of_entropy = row_factors(
-            m, s, mass, total, point, scale, z_loss_ptr, stats_upstream_ptr, rows, row, counted, q_ptr is None
+            t, counted, valid = class_index(target_ptr, row, live, ignore_index, classes)
+            point = index_mass(weight_ptr, t, counted, valid, smoothing, SMOOTH, ACC)
+        else:
+            counted = live
+            point = tl.zeros((ROWS,), ACC)
+        weight = loss_weight(sample_weight_ptr, row, counted, ACC)
+        m, s, mass, dot, spread, total, cross, best = load_summary(
+            summary_ptr, rows, row, counted, classes, STATS, SPLITS, ACC
         )
-        skip, column, inside = body_columns(x_row, block * BLOCK, classes, BLOCK, EDGE, CLASS_VEC)
-        slope = piece_gradient(
-            x_ptr, multiple(x_row + skip, EDGE), x_class, q_ptr, multiple(q_row + skip, EDGE), q_class,
-            grad_ptr, multiple(g_row + skip, EDGE), g_class, weight_ptr, logit_scale_ptr, softcap_ptr,
-            stats_upstream_ptr, column, skip, t, m, s, spread, scale, factor, of_point, of_logprob, of_entropy,
-            live, counted, inside, smoothing, classes, SMOOTH, ENTROPY, slope_ptr is not None, WIDE, ROW_VEC, ACC,
-        )  # fmt: skip
-        if REST > 0:
+        mass += point
+
+        if loss_ptr is not None:
+            z_t = None
+            if q_ptr is None:
+                z_t = load_at_index(x_ptr, x_row, t, x_class, valid, logit_scale_ptr, softcap_ptr, WIDE, ACC)
+                dot += point_dot(point, z_t, m)
             if block == 0:
-                rest_skip, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
-                slope += piece_gradient(
-                    x_ptr, x_row, x_class, q_ptr, q_row, q_class, grad_ptr, g_row, g_class, weight_ptr, logit_scale_ptr,
-                    softcap_ptr, stats_upstream_ptr, rest, rest_skip, t, m, s, spread, scale, factor, of_point,
-                    of_logprob, of_entropy, live, counted, rest_inside, smoothing, classes, SMOOTH, ENTROPY,
-                    slope_ptr is not None, WIDE, ROW_VEC, ACC,
+                store_results(
+                    loss_ptr, row_losses_ptr, stats_ptr, predicted_ptr, z_loss_ptr, tile, rows, row, live, counted,
+                    weight, z_t, m, s, mass, dot, spread, total, cross, best, classes, PER_ROW, ENTROPY,
                 )  # fmt: skip
-        if slope_ptr is not None:
-            tl.store(slope_ptr + row * blocks + block, tl.where(counted, slope, 0.0), mask=live)
+        if grad_ptr is not None:
+            q_row = row_offsets(outer, first, q_outer, q_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+            g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+            total_weight = normalizer(
+                normalizer_ptr, divisor, target_ptr, weight_ptr, sample_weight_ptr, rows, ignore_index, classes, PARTS,
+                COUNT, NOT_ZERO, ACC,
+            )  # fmt: skip
+            scale = row_scale(upstream_ptr, total_weight, weight, row, counted, PER_ROW, ACC)
+            factor, of_point, of_logprob, of_entropy = row_factors(
+                m, s, mass, total, point, scale, z_loss_ptr, stats_upstream_ptr, rows, row, counted, q_ptr is None
+            )
+            skip, column, inside = body_columns(x_row, block * BLOCK, classes, BLOCK, EDGE, CLASS_VEC)
+            slope = piece_gradient(
+                x_ptr, multiple(x_row + skip, EDGE), x_class, q_ptr, multiple(q_row + skip, EDGE), q_class,
+                grad_ptr, multiple(g_row + skip, EDGE), g_class, weight_ptr, logit_scale_ptr, softcap_ptr,
+                stats_upstream_ptr, column, skip, t, m, s, spread, scale, factor, of_point, of_logprob, of_entropy,
+                live, counted, inside, smoothing, classes, SMOOTH, ENTROPY, slope_ptr is not None, WIDE, ROW_VEC, ACC,
+            )  # fmt: skip
+            if REST > 0:
+                if block == 0:
+                    rest_skip, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
+                    slope += piece_gradient(
+                        x_ptr, x_row, x_class, q_ptr, q_row, q_class, grad_ptr, g_row, g_class, weight_ptr,
+                        logit_scale_ptr, softcap_ptr, stats_upstream_ptr, rest, rest_skip, t, m, s, spread, scale,
+                        factor, of_point, of_logprob, of_entropy, live, counted, rest_inside, smoothing, classes,
+                        SMOOTH, ENTROPY, slope_ptr is not None, WIDE, ROW_VEC, ACC,
+                    )  # fmt: skip
+            if slope_ptr is not None:
+                tl.store(slope_ptr + row * blocks + block, tl.where(counted, slope, 0.0), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items"])
 def rescale(
     grad_ptr,
     upstream_ptr,
     expected_ptr,
     seen_ptr,
+    items,
     inner,
     classes,
     g_outer,
@@ -275,9 +283,11 @@ def rescale(
     if was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC):
         return
     blocks = tl.cdiv(classes, BLOCK)
-    outer, first, _, live = program_rows(tl.program_id(0) // blocks, inner, 0, 0, ROWS, ROW_VEC)
-    g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
-    _, column, inside = body_columns(g_row, (tl.program_id(0) % blocks) * BLOCK, classes, BLOCK, 0, CLASS_VEC)
     factor = tl.load(upstream_ptr).to(ACC) / tl.load(expected_ptr)
-    g = tl.load(tile_pointers(grad_ptr, g_row, column, g_class, WIDE, ROW_VEC), mask=live[:, None] & inside, other=0.0)
-    store_gradient(grad_ptr, g_row, column, g_class, live, inside, g.to(ACC) * factor, WIDE, ROW_VEC)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        outer, first, _, live = program_rows(item // blocks, inner, 0, 0, ROWS, ROW_VEC)
+        g_row = row_offsets(outer, first, g_outer, g_inner, ROWS, WIDE, CLASS_VEC, ROW_VEC)
+        _, column, inside = body_columns(g_row, (item % blocks) * BLOCK, classes, BLOCK, 0, CLASS_VEC)
+        pointers = tile_pointers(grad_ptr, g_row, column, g_class, WIDE, ROW_VEC)
+        g = tl.load(pointers, mask=live[:, None] & inside, other=0.0).to(ACC)
+        store_gradient(grad_ptr, g_row, column, g_class, live, inside, g * factor, WIDE, ROW_VEC)

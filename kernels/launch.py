@@ -31,6 +31,7 @@ from ..plan import (
     plan,
     shipped,
     vectors,
+    waiting,
 )
 from ..problem import NUMBERS, Made, Problem, Tensors, Wanted, number
 from ..reference import accumulation_dtype
@@ -186,8 +187,8 @@ def rescaled(problem, made, upstream, expected):
     walk = gradient_plan(seen_as, plan(seen_as, itemsize, acc.itemsize, device, schedule="streaming"))
     class_vec, row_vec = vectors(seen_as, itemsize)
     outer, inner, by_class = seen_as.strides[0]
-    rescale[(walk.programs,)](
-        gradient, upstream, expected, seen, seen_as.inner, seen_as.classes, outer, inner, by_class,
+    rescale[(waiting(walk, acc.itemsize, device),)](
+        gradient, upstream, expected, seen, walk.programs, seen_as.inner, seen_as.classes, outer, inner, by_class,
         ROWS=walk.rows, BLOCK=walk.block, WIDE=is_wide(seen_as, walk), CLASS_VEC=class_vec, ROW_VEC=row_vec,
         ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps,
     )  # fmt: skip
@@ -464,17 +465,18 @@ class Setup:
         if wanted.slope and slope is None:
             slope = self.new_slope()
         gradient = self.of_gradient(memory, slope, made.normalizer, self.of_loss(upstream.loss))
+        if made.summary is not None:
+            gradient["summary_ptr"] = made.summary
         seen = None
+        launch = self.resident if self.plan.schedule == "resident" else self.gradient
         if upstream.has_stats():
             gradient["stats_upstream_ptr"] = torch.stack([self.by_row_number(up) for up in upstream[1:]])
         elif ahead:
             expected = self.factor(expected)
             seen = torch.empty_like(expected)
             gradient |= {"expected_ptr": expected, "seen_ptr": seen}
-        if self.plan.schedule == "resident":
-            self.resident(**given, **gradient)
-        else:
-            self.gradient(**given, **gradient, summary_ptr=made.summary)
+            launch = self.gradient_again
+        launch(**given, **gradient)
         return memory, slope, seen
 
     def of_gradient(self, memory, slope, normalizer, upstream):
@@ -564,24 +566,33 @@ class Setup:
 
     @functools.cached_property
     def resident(self):
-        return Launch(resident_kernel, self.plan.programs, **self.numbers(self.plan))
+        return Launch(resident_kernel, self.plan.programs, **self.numbers(self.plan), TURNS=False)
 
     @functools.cached_property
     def streaming(self):
         plan = self.plan
         programs = min(plan.programs * plan.splits, plan.at_once)
-        return Launch(streaming_kernel, programs, **self.numbers(plan), **self.of_summary, tiles=plan.programs)
+        return Launch(streaming_kernel, programs, **self.numbers(plan), **self.of_summary)
 
     @functools.cached_property
     def ends(self):
         """The results of split rows, without a gradient."""
-        return Launch(gradient_kernel, self.plan.programs, **self.numbers(self.plan), **self.of_summary)
+        return Launch(gradient_kernel, self.plan.programs, **self.numbers(self.plan), **self.of_summary, TURNS=False)
 
     @functools.cached_property
     def gradient(self):
         """From a summary of each row, with the results of those that are split."""
         after = gradient_plan(self.layout, self.plan)
-        return Launch(gradient_kernel, after.programs, **self.numbers(after), **self.of_summary)
+        return Launch(gradient_kernel, after.programs, **self.numbers(after), **self.of_summary, TURNS=False)
+
+    @functools.cached_property
+    def gradient_again(self):
+        """The gradient, if it is not the expected one already: few programs, which mostly have nothing to do."""
+        kernel, plan, numbers = resident_kernel, self.plan, {}
+        if plan.schedule != "resident":
+            kernel, plan, numbers = gradient_kernel, gradient_plan(self.layout, plan), self.of_summary
+        programs = waiting(plan, self.acc.itemsize, device_properties(self.device.index or 0))
+        return Launch(kernel, programs, **self.numbers(plan), **numbers, TURNS=programs < plan.programs)
 
     # Their numbers
 
@@ -618,7 +629,7 @@ class Setup:
             class_vec = 1  # what divides the rows does not matter
         return {
             **self.counted, **self.divided,
-            "inner": layout.inner,
+            "tiles": self.plan.programs, "inner": layout.inner,
             "x_outer": x[0], "x_inner": x[1], "x_class": x[2],
             "q_outer": q[0], "q_inner": q[1], "q_class": q[2],
             "g_outer": g[0], "g_inner": g[1], "g_class": g[2],

@@ -294,6 +294,12 @@ def normalizer(
 
 
 @triton.jit
+def share_of(items):
+    """How many of the items this program does, of n programs: that of its own number, and every n-th after it."""
+    return tl.cdiv(items - tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
 def was_expected(upstream_ptr, expected_ptr, seen_ptr, ACC: tl.constexpr):
     """Whether the upstream gradient is the expected one; notes it."""
     upstream = tl.load(upstream_ptr).to(ACC)
@@ -354,23 +360,16 @@ def row_factors(
     return row_factor(s, mass, counted), point, logprob, of_entropy
 
 
-# From this width on a thread holds several vectors of a row.
-WIDE_TILE = tl.constexpr(1024)
-
-
 @triton.jit
 def at_column(column, t, value, VEC: tl.constexpr):
     """`value` in column t of each row, 0 elsewhere.
 
-    In a wide tile two comparisons, one with a place in a vector of VEC columns, which is the same for all vectors of a
-    thread, and one for each vector, take half the instructions of one for each column.
+    Where a thread holds several vectors of VEC columns of a row, two comparisons take half the instructions of one for
+    each column: one with a place in a vector, which is the same for all of them, and one for each vector.
     """
     t, value = t[:, None], value[:, None]
-    if column.shape[1] >= WIDE_TILE:
-        in_vector = tl.where(column % VEC == t % VEC, value, 0.0)
-        return tl.where(column // VEC == t // VEC, in_vector, 0.0)
-    else:
-        return tl.where(column == t, value, 0.0)
+    in_vector = tl.where(column % VEC == t % VEC, value, 0.0)
+    return tl.where(column // VEC == t // VEC, in_vector, 0.0)
 
 
 @triton.jit

@@ -137,6 +137,9 @@ FULL = 0.625
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
 LONG_ROW = 4096
+# Programs for each processor that do a pass in turns if there is anything to do: enough to fill it, and few where there
+# is not, as a program that returns at once costs about a nanosecond.
+WAITING = 16
 # The size of L2 where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
 L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20, "gfx942": 256 << 20}
 
@@ -280,6 +283,15 @@ def edge_vector(layout, itemsize):
     )
     narrow = vectors(layout, itemsize)[0] < widest // 2
     return widest if congruent and narrow and layout.classes >= SHORTEST_BODY * widest else 0
+
+
+def waiting(plan, accumulated, device):
+    """How many programs, or clusters, a launch has that makes a gradient only if the expected one was wrong.
+
+    In double precision one for each tile: its exponential has branches, which are left out of a loop.
+    """
+    few = max(device.processors * WAITING // plan.num_ctas, 1)
+    return min(plan.programs, few) if accumulated == 4 else plan.programs
 
 
 def gradient_plan(layout, forward):
