@@ -79,13 +79,15 @@ def target(backend, arch):
         limit = PROPERTIES[arch]["max_shared_mem"]
         if kernel.metadata.shared > limit:
             raise OutOfResources(kernel.metadata.shared, limit, "shared memory")
-        launches.append(Launch(kernel, kwargs))  # and not returned: nobody is to keep it and launch it
+        launches.append(Launch(kernel, kwargs))
+        return kernel
 
     with (
         mock.patch.dict(vars(triton.runtime.driver)),  # puts back whatever driver was active
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
         mock.patch.object(launch, "clusters_work", return_value=True),  # it would run them to see
+        mock.patch.object(launch, "is_reusable", return_value=False),  # for every launch is to come by here
         mock.patch.object(launch, "TUNING", None),  # which is for a device that is there
     ):
         triton.runtime.driver.set_active(Driver(backend, arch))

@@ -283,9 +283,14 @@ class Launch:
             run(*taken(arguments))
             return
         code = self.kernel[self.grid](**arguments)
-        if isinstance(code, triton.compiler.CompiledKernel) and code.metadata.target.backend == "cuda":
+        if is_reusable(code):
             # Which arguments compiled code takes, all or only those that are not constant, depends on Triton's version.
             self.compiled[key] = code[self.grid], operator.itemgetter(*code.src.signature)
+
+
+def is_reusable(code):
+    """Whether a launch gave code for an NVIDIA GPU."""
+    return isinstance(code, triton.compiler.CompiledKernel) and code.metadata.target.backend == "cuda"
 
 
 def signatures(tensors):
