@@ -137,7 +137,7 @@ def check_clusters(device, plan):
     try:
         with on_device(input):
             found, expected = (
-                Setup(problem, signatures(tensors), plan).forward(tensors, Wanted(gradient=True), None)
+                Setup(problem, signatures(tensors), plan=plan).forward(tensors, Wanted(gradient=True), None)
                 for plan in (clustered, streamed)
             )
         torch.testing.assert_close((found.loss, found.gradient), (expected.loss, expected.gradient))
@@ -415,7 +415,7 @@ class Setup:
 
     def summarised(self, want_gradient):
         """Whether the forward pass leaves a summary of each row: split rows have their loss from it, too."""
-        return self.plan.splits > 1 or (want_gradient and self.plan.schedule == "streaming")
+        return self.plan.splits > 1 or (want_gradient and self.plan.schedule != "resident")
 
     @property
     def summary_shape(self):

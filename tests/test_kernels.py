@@ -160,14 +160,56 @@ def test_streaming_of_strided_classes(monkeypatch):
     check(*args)
 
 
+def test_programs_take_turns(shape, monkeypatch):
+    """One program makes the gradient of all tiles again, where the upstream gradient is not the expected one."""
+    monkeypatch.setattr(plan, "WAITING", 0)
+    rows, classes = shape
+    args = make((13 * rows, classes), ignored=0.3, weighted=True, device=DEVICE)
+    for reduction in ("mean", "sum"):
+        check(*args, reduction=reduction)
+
+
 def test_clusters(monkeypatch):
-    """Where there are none, the rows are split."""
+    """Where there are none, the rows are split. Clusters, too, take turns."""
     small_tiles(monkeypatch)
+    monkeypatch.setattr(plan, "WAITING", 0)
     args = make((4, 700), ignored=0.3, weighted=True, device=DEVICE)
     traffic = xent_ext.explain(*args).traffic
     assert traffic.schedule == ("resident" if traffic.numbers["num_ctas"] > 1 else "split")
     for reduction in ("mean", "none"):
         check(*args, reduction=reduction)
+
+
+CLUSTERED = plan.Plan("resident", rows=1, block=512, num_warps=2, programs=4, num_ctas=2)
+
+
+def test_clusters_that_work_are_used(recwarn):
+    """Where they compile; the interpreter, too, runs what is launched for one, if as one program."""
+    from xent_ext.kernels import launch
+
+    if launch.device_properties(0).cluster == 1 and not INTERPRETED:
+        pytest.skip("no clusters on this device")
+    assert launch.check_clusters(torch.device(DEVICE), CLUSTERED)
+    assert not [w for w in recwarn if "clusters" in str(w.message)]
+
+
+def test_clusters_that_fail_are_not_used(monkeypatch):
+    """With one warning; they are wrong here, as `streaming` would be right."""
+    from xent_ext.kernels import launch
+
+    monkeypatch.setattr(launch, "_checked", {})
+    forward = launch.Setup.forward
+
+    def wrong(self, *args):
+        made = forward(self, *args)
+        return made._replace(loss=made.loss + 1) if self.plan.num_ctas > 1 else made
+
+    monkeypatch.setattr(launch.Setup, "forward", wrong)
+    device = torch.device(DEVICE)
+    with pytest.warns(UserWarning, match="clusters of 2 fail") as warned:
+        assert not launch.clusters_work(device, CLUSTERED)
+        assert not launch.clusters_work(device, CLUSTERED)
+    assert len([w for w in warned if "clusters" in str(w.message)]) == 1
 
 
 def test_strided_target_and_weight():
