@@ -84,9 +84,10 @@ def piece_gradient(
     if SMOOTH or q_ptr is not None:
         b = tile_mass(q, weight_ptr, column, skip, mask, smoothing, classes, SMOOTH, ACC)
     t_column = None if t is None else t - skip
+    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     g, slope = tile_gradient(
         x, z, exponentials(z, m), b, q, m, s, spread, scale, factor, of_point, of_logprob, of_entropy, t_column, column,
-        mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, 1, ENTROPY, SLOPE,
+        mask, logit_scale_ptr, softcap_ptr, stats_upstream_ptr, VEC, ENTROPY, SLOPE,
     )  # fmt: skip
     store_gradient(grad_ptr, g_offset, column, g_class, live, inside, g, WIDE, ROW_VEC)
     return slope

@@ -49,6 +49,9 @@ FLOATING_STATS = ("logprob", "lse", "entropy", "max_prob")
 # The tensors that the rows of a mean are counted by.
 COUNTED = ("target_ptr", "weight_ptr", "sample_weight_ptr")
 
+# Products and sums in one instruction, whatever Triton does by default.
+FUSED = {"enable_fp_fusion": True}
+
 # Forces a schedule, for measurements.
 SCHEDULE = os.environ.get("XENT_EXT_SCHEDULE")
 if SCHEDULE not in (None, *SCHEDULES):
@@ -190,7 +193,7 @@ def rescaled(problem, made, upstream, expected):
     rescale[(waiting(walk, acc.itemsize, device),)](
         gradient, upstream, expected, seen, walk.programs, seen_as.inner, seen_as.classes, outer, inner, by_class,
         ROWS=walk.rows, BLOCK=walk.block, WIDE=is_wide(seen_as, walk), CLASS_VEC=class_vec, ROW_VEC=row_vec,
-        ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps,
+        ACC=TRITON_DTYPE[acc], num_warps=walk.num_warps, **FUSED,
     )  # fmt: skip
     slope = None if made.slope is None else made.slope * (upstream.to(acc) / expected)
     return made.gradient, slope, seen
@@ -272,7 +275,7 @@ class Launch:
 
     def __init__(self, kernel, programs, **numbers):
         self.kernel, self.grid = kernel, (programs, 1, 1)
-        self.arguments = dict.fromkeys(kernel.arg_names) | numbers  # a tensor that is not given is None
+        self.arguments = dict.fromkeys(kernel.arg_names) | numbers | FUSED  # a tensor that is not given is None
         self.compiled = {}
 
     def __call__(self, **tensors):
