@@ -288,7 +288,7 @@ def edge_vector(layout, itemsize):
 def waiting(plan, accumulated, device):
     """How many programs, or clusters, a launch has that makes a gradient only if the expected one was wrong.
 
-    In double precision one for each tile: its exponential has branches, which are left out of a loop.
+    In double precision one for each tile: its exponential branches, and such code in a loop could not be checked.
     """
     few = max(device.processors * WAITING // plan.num_ctas, 1)
     return min(plan.programs, few) if accumulated == 4 else plan.programs
