@@ -77,6 +77,16 @@ def test_combinations(fused, device, options, shape, probabilities, upstreams):
 
 @backends
 @all_reductions
+def test_one_row(fused, device, backend, reduction):
+    """Logits (C) have a 0-dim target, whose value no graph may ask for."""
+    args = on(device, call((5,), ignored=0.0, reduction=reduction, **EVERYTHING))
+    function, _ = compiled(xent_ext.cross_entropy, backend)
+    torch.testing.assert_close(outcome(function, args), outcome(plain, args))
+    assert fused
+
+
+@backends
+@all_reductions
 @pytest.mark.parametrize("classes", [40, 516], ids=["short rows", "long rows"])
 def test_kernels(triton_backend, monkeypatch, backend, reduction, classes):
     """The Triton kernels in a graph, in the interpreter if there is no GPU."""

@@ -173,7 +173,9 @@ def row_weights(problem, tensors, like):
     if tensors.weight is None:
         weights = torch.ones_like(like)
     else:  # of a class that there is, whatever the index: on a GPU another would stop the context
-        weights = tensors.weight.to(like.dtype)[(target * counted).clamp(0, tensors.weight.numel() - 1)]
+        index = (target * counted).clamp(0, tensors.weight.numel() - 1)
+        # Not weight[index], which in a graph would read the value of a 0-dim index.
+        weights = tensors.weight.to(like.dtype).index_select(0, index.reshape(-1)).reshape(index.shape)
     return torch.where(counted, weights, 0.0), counted
 
 
