@@ -50,8 +50,11 @@ EVERYTHING = {
 @both_targets
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_each_option(fused, device, backend, probabilities, options, dynamic):
-    """One graph, with the operator in it; numbers, too, are variables of a dynamic graph."""
-    for reduction in REDUCTIONS:
+    """One graph, with the operator in it; numbers, too, are variables of a dynamic graph.
+
+    The reduction is the operator's matter, so that one graph of the fastest compiler has each.
+    """
+    for reduction in REDUCTIONS if backend == "aot_eager" and not dynamic else ("mean",):
         args = on(device, call(probabilities=probabilities, **allowed({**options, "reduction": reduction})))
         function, counter = compiled(xent_ext.cross_entropy, backend, dynamic=dynamic)
         torch.testing.assert_close(outcome(function, args), outcome(plain, args))

@@ -164,9 +164,7 @@ def test_programs_take_turns(shape, monkeypatch):
     """One program makes the gradient of all tiles again, where the upstream gradient is not the expected one."""
     monkeypatch.setattr(plan, "WAITING", 0)
     rows, classes = shape
-    args = make((13 * rows, classes), ignored=0.3, weighted=True, device=DEVICE)
-    for reduction in ("mean", "sum"):
-        check(*args, reduction=reduction)
+    check(*make((7 * rows, classes), ignored=0.3, weighted=True, device=DEVICE))
 
 
 def test_clusters(monkeypatch):
