@@ -125,6 +125,15 @@ def gather(x, index, out):
     torch.gather(x.transpose(1, 2), 1, index.unsqueeze(1), out=out.unsqueeze(1))
 
 
+def all_ignored(ignored, g):
+    """Whether all rows of a block are, so that its logits need no reading; their gradient, if there is one, is made."""
+    if ignored is None or not ignored.all():
+        return False
+    if g is not None:
+        g.zero_()
+    return True
+
+
 class RowValues(NamedTuple):
     """One number for each row of a call, or of a block."""
 
@@ -239,13 +248,14 @@ class Rows:
         row.point.copy_(0 if self.q is not None else self.weights * (1 - self.problem.label_smoothing))
         row.mass.copy_(row.point)
         extras = self.extras(upstream, with_slope, stats)
-        pieces = [self.blocks(tensor) for tensor in (self.x, g, self.q, self.index, self.ignored)]
-        extra_pieces = zip(*map(self.blocks, extras.values()), strict=True) if extras else itertools.repeat(())
-        for *tensors, block, more in zip(*pieces, self.blocks(values, 1), extra_pieces, strict=False):
-            self.block(*tensors, RowValues(*block.unbind()), dict(zip(extras, more, strict=True)))
-        losses = row.mass * row.s.log() - row.dot
         if self.by_softmax:
-            self.correct_unlikely(losses, row)
+            losses = self.walk_by_softmax(g, row)
+        else:
+            pieces = [self.blocks(tensor) for tensor in (self.x, g, self.q, self.index, self.ignored)]
+            extra_pieces = zip(*map(self.blocks, extras.values()), strict=True) if extras else itertools.repeat(())
+            for *tensors, block, more in zip(*pieces, self.blocks(values, 1), extra_pieces, strict=False):
+                self.block(*tensors, RowValues(*block.unbind()), dict(zip(extras, more, strict=True)))
+            losses = row.mass * row.s.log() - row.dot
         if self.z_loss:
             losses.add_(self.lse(row).square_(), alpha=self.z_loss)
         found = [self.stat(name, row, extras) for name in stats]
@@ -296,28 +306,50 @@ class Rows:
         """Values by row, or None, with this one in ignored rows."""
         return values if self.ignored is None or values is None else values.masked_fill(self.ignored, value)
 
+    def walk_by_softmax(self, g, row):
+        """Row losses from the probabilities p_t at the class indices, which go to row.z.
+
+        The gradient, p - one_hot times one number for each row, is written to g, unless that is None. With so little
+        to compute a block's operators count, and only what needs its logits is done by block.
+        """
+        pieces = [self.blocks(tensor) for tensor in (self.x, g, self.ignored, self.index, row.z, row.point * row.scale)]
+        for x, to, ignored, index, p, factor in zip(*pieces, strict=False):
+            if all_ignored(ignored, to):
+                continue
+            e = self.memory(x, to)
+            torch.softmax(x if x.dtype == self.acc else e.copy_(x), -1, out=e)
+            gather(e, index, out=p)
+            if to is None:
+                continue
+            e.transpose(1, 2).scatter_(1, index.unsqueeze(1), -1, reduce="add")
+            e.mul_(factor.unsqueeze(-1))
+            if ignored is not None:
+                e.masked_fill_(ignored.unsqueeze(-1), 0)
+            if e is not to:
+                to.copy_(e)
+        losses = row.mass * -row.z.log()
+        self.correct_unlikely(losses, row)
+        return losses
+
+    def memory(self, x, g):
+        """Where a block's exponentials go: its gradient, or a buffer, in which half precision is widened before."""
+        return g if g is not None and x.dtype == self.acc else buffer(x, self.acc)
+
     def block(self, x, g, q, index, ignored, row, more):
         """Fill in the values of a block's rows; write their gradient to g, unless that is None."""
-        if ignored is not None and ignored.all():
-            if g is not None:
-                g.zero_()
+        if all_ignored(ignored, g):
             return
-        # Half precision is widened into the buffer, and replaced there by its exponentials.
-        e = g if g is not None and x.dtype == self.acc else buffer(x, self.acc)
+        e = self.memory(x, g)
         given = x
         if "slope" in more and e is g and self.problem.inplace:  # which needs the logits when they are overwritten
             given = buffer(x, self.acc, "given").copy_(x)
         if x.dtype != self.acc:
             x = e.copy_(x)
-        capped = None
-        if self.by_softmax:
-            b, total = None, self.softmax(x, e, index, row)
-        else:
-            z, capped = self.transformed(x, e)
-            b, total = self.exponentials(z, e, q, index, row, more)
+        z, capped = self.transformed(x, e)
+        b = self.exponentials(z, e, q, index, row, more)
         if g is None:
             return
-        self.scale_by_mass(e, total, q, row, more)
+        self.scale_by_mass(e, q, row, more)
         if b is not None:
             e.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
         if index is not None:
@@ -346,26 +378,19 @@ class Rows:
         capped = torch.mul(x, self.scale / cap, out=buffer(x, self.acc, "capped")).tanh_()
         return torch.mul(capped, cap, out=e), capped
 
-    def softmax(self, x, e, index, row):
-        """Write p to e, and to the row s = 1 / p_t, as if the logit at the index were the maximum; returns sum p."""
-        torch.softmax(x, -1, out=e)
-        gather(e, index, out=row.z)
-        torch.reciprocal(row.z, out=row.s)
-        row.dot.zero_()
-        return 1
-
     def correct_unlikely(self, losses, row):
-        """Losses of the rows whose p_t is so small that it lost digits, or is 0, from their logits."""
-        unlikely = row.s > torch.finfo(self.acc).max ** 0.75
+        """Losses of the rows whose p_t, in row.z, is so small that it lost digits, or is 0, from their logits."""
+        unlikely = row.z < torch.finfo(self.acc).max ** -0.75
         if self.ignored is not None:
             unlikely &= ~self.ignored
-        for rows in unlikely.nonzero().split(rows_per_block(self.layout, self.acc)):
+        found = unlikely.nonzero()
+        for rows in found.split(rows_per_block(self.layout, self.acc)) if len(found) else ():
             at = rows.unbind(1)
             logp = self.x[at].to(self.acc).log_softmax(-1)
             losses[at] = row.mass[at] * -logp.gather(1, self.index[at].unsqueeze(1)).squeeze(1)
 
     def exponentials(self, z, e, q, index, row, more):
-        """Write exp(z - m) to e, and mass, s and dot to the row; returns the dense mass, or None, and s."""
+        """Write exp(z - m) to e, and mass, s and dot to the row; returns the dense mass, or None."""
         if "predicted" in more:
             torch.max(z, -1, out=(row.m, more["predicted"]))
         else:
@@ -384,7 +409,7 @@ class Rows:
             self.statistics(e, q, row, more)
         else:
             torch.sum(e.exp_(), -1, out=row.s)
-        return b, row.s
+        return b
 
     def statistics(self, e, q, row, more):
         """Turn z - m in e into its exponentials and sum them, filling in what is asked for besides."""
@@ -403,8 +428,8 @@ class Rows:
         if "entropy" in more:
             torch.sub(row.s.log(), more["mean_distance"], out=more["entropy"])
 
-    def scale_by_mass(self, e, total, q, row, more):
-        """Multiply the exponentials by what the gradient has of each p, over their `total`."""
+    def scale_by_mass(self, e, q, row, more):
+        """Multiply the exponentials by what the gradient has of each p, over their sum."""
         mass = row.mass * row.scale
         if self.z_loss:
             mass += 2 * self.z_loss * self.lse(row) * row.scale
@@ -413,12 +438,12 @@ class Rows:
         if "logprob_upstream" in more:
             mass -= more["logprob_upstream"] * (1 if q is None else q.to(self.acc).sum(-1))
         if "entropy_upstream" not in more:
-            e.mul_((mass / total).unsqueeze(-1))
+            e.mul_((mass / row.s).unsqueeze(-1))
             return
         # d entropy / dz_c = -p_c * (distance_c - mean_distance)
         up, distance = more["entropy_upstream"], more["distance"]
         mass += up * more["mean_distance"]
-        e.mul_(distance.mul_((-up / total).unsqueeze(-1)).add_((mass / total).unsqueeze(-1)))
+        e.mul_(distance.mul_((-up / row.s).unsqueeze(-1)).add_((mass / row.s).unsqueeze(-1)))
 
     def dense_mass(self, q):
         """The mass that every class has beside the point mass, as (), (C) or (outer, inner, C)."""
