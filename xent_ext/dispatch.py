@@ -33,7 +33,7 @@ CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
 # on two cores of an AMD EPYC, forward and backward; by number of logits:
 SMALL = 1 << 16  # below this always; else below ...
 SMALL_FLOAT_ROWS = 1 << 20  # ... for (N, C) in float32 and float64
-SMALL_HALF_ROWS = 1 << 23  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
+SMALL_HALF_ROWS = 3 << 20  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
 SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
 SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
