@@ -14,7 +14,17 @@ VERSION = re.search(r'^__version__ = "(.+)"$', read("xent_ext/__init__.py"), re.
 
 BENCH = ["numpy", "matplotlib", "scikit-learn", "tqdm"]
 INTEGRATION = ["transformers>=5", "accelerate>=1", "lightning>=2.5"]
-TEST = [*BENCH, "pytest>=7", "pytest-xdist>=3.2", "hypothesis>=6", "expecttest", "build", "setuptools>=77", "wheel", "ruff"]
+TEST = [
+    *BENCH,
+    "pytest>=7",
+    "pytest-xdist>=3.2",
+    "hypothesis>=6",
+    "expecttest",
+    "build",
+    "setuptools>=77",
+    "wheel",
+    "ruff",
+]
 
 setup(
     name="xent_ext",

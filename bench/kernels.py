@@ -12,6 +12,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import chain, product
 from pathlib import Path
 
@@ -117,18 +118,29 @@ bytes of code. Accesses by the bits that one instruction moves for a thread: "4x
 of 16. The logit at a row's target is read once more by itself. A kernel that several variants share is shown once."""
 
 
+def without_tools() -> list[str]:
+    """Targets for which the installed Triton lacks the assembler or the linker."""
+    has_tools = tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 3)
+    return [] if has_tools else ["sm_100", "gfx942"]
+
+
 def add_arguments(parser):
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, help="(default: all that the installed Triton has the tools for)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the data here too")
 
 
 def run(args) -> int:
-    if not dispatch.has_triton():
+    if not dispatch.HAS_TRITON:
         print("Triton is not installed: there are no kernels to compile.", file=sys.stderr)
         return 1
-    rows = compile_all(args.target)
-    for target in args.target:
+    targets = args.target or [target for target in TARGETS if target not in without_tools()]
+    rows = compile_all(targets)
+    for target in targets:
         print(f"\n{target}\n{table([row for row in rows if row['target'] == target])}")
+    for target in sorted({*TARGETS} - {*targets}):
+        print(f"\n{target}: not compiled")
     print(LEGEND)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

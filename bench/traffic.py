@@ -66,7 +66,7 @@ def compare(dtypes, peers, device) -> dict:
         "about": {name: ABOUT[name] for name in peers},
         "copy_bytes_per_second": in_fresh_process(copy_bandwidth, str(device), machine.last_cache_bytes(device)),
         "rows": [row(case, peers) for case in tqdm(cases, "Measuring", unit="case")],
-        "planned": planned() if dispatch.has_triton() else [],
+        "planned": planned() if dispatch.HAS_TRITON else [],
     }
 
 

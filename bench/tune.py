@@ -53,7 +53,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def run(args) -> int:
-    if not dispatch.has_triton():
+    if not dispatch.HAS_TRITON:
         print("Triton is not installed: there are no kernels to tune.", file=sys.stderr)
         return 1
     device = machine.pick_device("auto")

@@ -155,7 +155,7 @@ def streaming(
         best = tl.zeros((ROWS,), tl.int32) + 2 * classes
         if REST > 0:
             rest_skip, rest, rest_inside = rest_columns(x_row, classes, BLOCK, REST, EDGE, CLASS_VEC)
-            rest_inside = tl.where(part == 0, rest_inside, False)
+            rest_inside = rest_inside & (rest < tl.where(part == 0, classes, 0))
             m, s, mass, dot, spread, total, cross, best = piece_summary(
                 x_ptr, x_row, x_class, q_ptr, q_row, q_class, weight_ptr, logit_scale_ptr, softcap_ptr, rest, rest_skip,
                 live, counted, rest_inside, smoothing, classes, SMOOTH, ENTROPY, PREDICT, WIDE, ROW_VEC, ACC,

@@ -169,7 +169,7 @@ def load_logits(
     if ROW_VEC == 1:
         x = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
     else:
-        some = tl.where(tl.max(counted.to(tl.int32), 0) > 0, live, False)
+        some = live.to(tl.int32) * tl.max(counted.to(tl.int32), 0) > 0
         x = tl.load(pointers, mask=some[:, None] & inside, other=float("-inf")).to(ACC)
         x = tl.where(mask, x, float("-inf"))
     z = x

@@ -15,6 +15,8 @@ from xent_ext import dispatch, ops
 from xent_ext.autograd import upstream_of
 from xent_ext.functional import describe
 
+pytestmark = pytest.mark.skipif(not dispatch.RECENT, reason="this PyTorch's compiler can't trace the package")
+
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 needs_compiler = pytest.mark.skipif(

@@ -33,6 +33,8 @@ import xent_ext
 from xent_ext import dispatch
 from xent_ext.functional import Options
 
+pytestmark = pytest.mark.skipif(not dispatch.RECENT, reason="this PyTorch's compiler can't trace the package")
+
 EVERYTHING = {
     "logit_scale": "logit_scale",
     "softcap": 2.0,

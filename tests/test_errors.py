@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import current_corners
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -254,6 +255,7 @@ WRONG = {
 }
 
 
+@current_corners
 @pytest.mark.parametrize(("named", "arguments"), WRONG.values(), ids=WRONG)
 def test_wrong_calls_raise_what_pytorch_raises(named, arguments):
     expected = raised(F.cross_entropy, **arguments)
@@ -328,6 +330,7 @@ UNUSUAL = {
 }
 
 
+@current_corners
 @pytest.mark.parametrize("arguments", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_calls_pass_where_pytorch_takes_them(arguments):
     assert raised(F.cross_entropy, **arguments) is None
@@ -561,6 +564,7 @@ def settled_otherwise(input, target, weight, label_smoothing, **_):
     return rank > 2 and weight is not None and weight.dim() != 1 and weight.numel() == classes
 
 
+@current_corners
 @given(calls(), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=1000)
 def test_any_call_raises_what_pytorch_raises(arguments, grad, autocast):

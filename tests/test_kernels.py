@@ -6,6 +6,7 @@ interpreter.
 
 import dataclasses
 import os
+import sys
 
 import pytest
 import torch
@@ -345,12 +346,17 @@ def test_nothing_waits_for_the_device(shape, reduction, monkeypatch):
     input.requires_grad_()
     upstream = torch.rand(target.shape if reduction == "none" else (), device=DEVICE)
 
-    def waits(*args, **kwargs):
-        raise AssertionError("this waits for the device")
+    def refused(function):
+        def waits(*args, **kwargs):
+            if "triton" in sys._getframe(1).f_globals["__name__"]:  # its interpreter, which reads what it computes with
+                return function(*args, **kwargs)
+            raise AssertionError("this waits for the device")
+
+        return waits
 
     with monkeypatch.context() as patched:
         for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist", "cpu", "numpy", "nonzero"):
-            patched.setattr(torch.Tensor, name, waits)
+            patched.setattr(torch.Tensor, name, refused(getattr(torch.Tensor, name)))
         loss = xent_ext.cross_entropy(input, target, weight, reduction=reduction, label_smoothing=0.1)
         loss.backward(upstream)
     assert input.grad is not None

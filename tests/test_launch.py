@@ -102,7 +102,7 @@ def test_class_indices_are_checked_in_every_call(triton_backend, monkeypatch, de
         xent_ext.cross_entropy(x, target.fill_(40))
 
 
-@pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed")
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
 def test_kept_code_gets_what_triton_gives_it():
     """Under a driver that loads and launches nothing: in the first call Triton launches, later its binder is not asked.
 

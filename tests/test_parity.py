@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import current_corners
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import DTYPES, REDUCTIONS, SHAPES, check, class_axis, make, outcome, relaid
@@ -523,6 +524,7 @@ def calls(draw):
     return (input, target, weight), options, draw(st.sampled_from([1, 64, 500, 4 << 20]))
 
 
+@current_corners  # in half precision older PyTorch's log_softmax spreads a NaN to the row beside it
 @given(calls())
 @settings(
     max_examples=500,

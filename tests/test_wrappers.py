@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Calls
+from conftest import TORCH, Calls
 from parity import REDUCTIONS, make
 from test_options import call, flat, shifted_call
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -221,18 +221,19 @@ def errors_of_distributed_tensors(rank):
     return found
 
 
+needs_cpu_sharding = pytest.mark.skipif(TORCH < (2, 7), reason="this PyTorch's fully_shard needs a GPU")
+needs_recent = pytest.mark.skipif(not dispatch.RECENT, reason="DTensor logits need PyTorch 2.12")
 WORK = {
     "DDP": data_parallel,
-    "FSDP": fully_sharded,
-    "DTensor": distributed_tensors,
-    "DTensor, compiled": compiled_distributed_tensors,
+    **({} if TORCH < (2, 7) else {"FSDP": fully_sharded}),
+    **({"DTensor": distributed_tensors, "DTensor, compiled": compiled_distributed_tensors} if dispatch.RECENT else {}),
     "DTensor, classes": sharded_classes,
     "DTensor, errors": errors_of_distributed_tensors,
 }
 
 
 @distributed
-@pytest.mark.parametrize("name", ["DDP", "FSDP"])
+@pytest.mark.parametrize("name", ["DDP", pytest.param("FSDP", marks=needs_cpu_sharding)])
 def test_data_parallel(found, name):
     """A step of several processes, each with its part of the batch, is that of one with the whole batch."""
     expected = step(new_model(), torch.nn.CrossEntropyLoss(label_smoothing=0.1), *new_batch())
@@ -240,6 +241,7 @@ def test_data_parallel(found, name):
 
 
 @distributed
+@needs_recent
 @pytest.mark.parametrize("name", cases())
 def test_distributed_tensors(found, name):
     """Each process computes its shard of the batch by the fused loss, and together they have that of the whole."""
@@ -251,6 +253,7 @@ def test_distributed_tensors(found, name):
 
 
 @distributed
+@needs_recent
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_distributed_tensors_in_a_graph(found, name):
     args = {key: value for key, value in cases()[name].items() if key in ("input", "target", "reduction")}
@@ -268,6 +271,7 @@ def test_distributed_classes(found):
 
 
 @distributed
+@needs_recent
 @pytest.mark.parametrize(
     ("name", "error"),
     [
@@ -283,6 +287,12 @@ def test_distributed_classes(found):
 )
 def test_errors_of_distributed_tensors(found, name, error):
     assert re.match(error, found["DTensor, errors"][name])
+
+
+@distributed
+@pytest.mark.skipif(dispatch.RECENT, reason="this PyTorch has all that DTensor logits need")
+def test_distributed_tensors_of_older_pytorch(found):
+    assert re.match("NotImplementedError: DTensor logits need PyTorch 2.12", found["DTensor, errors"]["weights"])
 
 
 # --- In one process

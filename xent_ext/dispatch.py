@@ -37,8 +37,14 @@ SMALL_HALF_ROWS = 3 << 20  # ... for (N, C) in float16 and bfloat16, which block
 SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
 SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here: PyTorch's compiler can't trace the search
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Before 2.12 PyTorch's compiler can't trace what is decided here and in `functional`: it fails at frozen dataclasses,
+# and at the questions whether there is autocast and whether sizes depend on data. And gradients of a DTensor's shards
+# were added up in another way.
+RECENT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in PyTorch 2.7
 
@@ -47,11 +53,6 @@ is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in PyTorch 2
 def implementation(name):
     """The module that implements `forward` and `backward`; Triton is imported when a call first needs it."""
     return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels.launch"}[name])
-
-
-@functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
 
 
 def implementation_for(input):
@@ -104,7 +105,7 @@ def supported_route(tensors, with_options):
     if reason := unsupported(tensors):
         return "torch", reason
     if input.is_cuda or BACKEND == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             return "torch", "Triton is not installed"
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":

@@ -151,6 +151,8 @@ cross_entropy.__prepare_scriptable__ = lambda: _torch_cross_entropy
 def fused(owner, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
     """`cross_entropy`, for the module `owner` or for none, with `Options` or None."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if not dispatch.RECENT and torch.compiler.is_compiling():
+        return _torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, options, *arguments)
     if dispatch.is_distributed(input) and dispatch.BACKEND != "torch":
         from . import sharded  # which imports torch.distributed.tensor
 
@@ -179,6 +181,10 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
     if name == "torch":
         return _torch_cross_entropy(*arguments)
     return run(owner, name, problem, Tensors(input, target, weight))[0]
+
+
+# Breaks a graph that can't have it, which goes on after it.
+outside_graphs = fused if dispatch.RECENT else torch.compiler.disable(fused)
 
 
 def with_options(owner, options, *arguments):

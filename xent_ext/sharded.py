@@ -3,7 +3,7 @@
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from . import reference
+from . import dispatch, reference
 from .functional import Options, describe, fused, statistics
 from .layout import batch_shape, class_axis, visible
 
@@ -91,6 +91,11 @@ def normalizer(options, *arguments):
 
 def check(problem, options, input, target, weight):
     """Raise for what has no loss of shards."""
+    if not dispatch.RECENT:
+        raise NotImplementedError(
+            f"DTensor logits need PyTorch 2.12 or newer, got {torch.__version__}; call "
+            "torch.nn.functional.cross_entropy, or give input.to_local()"
+        )
     batch = {0} if problem.shift else set(range(input.dim())) - {class_axis(input.shape)}
     for placement in input.placements:
         if not placement.is_replicate() and not (type(placement) is Shard and placement.dim in batch):
