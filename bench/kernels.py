@@ -40,6 +40,7 @@ class Variant:
     smoothing: float = 0.0
     reduction: str = "mean"
     backwards: int = 1  # 0: no gradient; 2: a second backward makes the gradient anew
+    options: tuple = ()  # those for training: (name, value) of each
 
     def __str__(self):
         options = [
@@ -49,6 +50,7 @@ class Variant:
             *["smoothing"] * (self.smoothing > 0),
             self.reduction,
             *["no gradient"] * (self.backwards == 0),
+            *[name if value is True else f"{name}={value}" for name, value in self.options],
         ]
         return f"{self.shape} {' '.join(options)}"
 
@@ -59,6 +61,8 @@ class Variant:
 
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CAPPED = (("logit_scale", 0.5), ("softcap", 30.0), ("z_loss", 1e-4))
+STATISTICS = (("return_stats", True),)
 EVERY_CLASS = {"weight": True, "smoothing": 0.1}  # every class has a target mass of its own
 VARIANTS = [
     # Whole rows in the registers of a program.
@@ -97,6 +101,14 @@ VARIANTS = [
     Variant("few rows with every option", (16, 256000), FP32, True, **EVERY_CLASS),
     Variant("few rows without a gradient", (16, 256000), BF16, backwards=0, **EVERY_CLASS),
     Variant("rows as neighbours in memory", (4, 4096, 128, 128), BF16, **EVERY_CLASS),
+    # With options for training.
+    Variant("capped logits of short rows", (4096, 1000), BF16, options=CAPPED),
+    Variant("and of long ones", (8192, 32000), BF16, options=CAPPED),
+    Variant("and of streamed ones", (4096, 256000), FP32, True, options=CAPPED),
+    Variant("statistics of short rows", (4096, 1000), BF16, options=STATISTICS),
+    Variant("and of long ones", (8192, 32000), BF16, options=STATISTICS),
+    Variant("and of few", (8, 151936), BF16, options=STATISTICS),
+    Variant("and of pixels", (8, 19, 1024, 2048), BF16, reduction="none", options=STATISTICS),
 ]
 
 HEADER = [
@@ -187,7 +199,10 @@ def make_call(variant: Variant):
         torch.empty(variant.shape[1], dtype=variant.dtype) if variant.weight else None,
         reduction=variant.reduction,
         label_smoothing=variant.smoothing,
+        **dict(variant.options),
     )
+    if isinstance(loss, tuple):
+        loss, _ = loss
     for _ in range(variant.backwards):
         torch.autograd.grad(loss, x, torch.empty_like(loss), retain_graph=True)
 

@@ -110,7 +110,7 @@ def store_summary(
         tl.store(summary_ptr + 5 * count, total, mask=mask)
         tl.store(summary_ptr + 6 * count, cross, mask=mask)
         # Its bits, as float32 does not have all integers.
-        best = best if ACC.primitive_bitwidth == 32 else best.to(tl.int64)
+        best = best if ACC == tl.float32 else best.to(tl.int64)
         tl.store(summary_ptr + 7 * count, best.to(ACC, bitcast=True), mask=mask)
 
 
@@ -132,7 +132,7 @@ def load_summary(summary_ptr, rows, row, mask, classes, STATS: tl.constexpr, SPL
         total = tl.load(summary_ptr + 5 * count, mask=mask, other=0.0)
         cross = tl.load(summary_ptr + 6 * count, mask=mask, other=0.0)
         bits = tl.load(summary_ptr + 7 * count, mask=mask, other=0.0)
-        best = bits.to(tl.int32 if ACC.primitive_bitwidth == 32 else tl.int64, bitcast=True).to(tl.int32)
+        best = bits.to(tl.int32 if ACC == tl.float32 else tl.int64, bitcast=True).to(tl.int32)
     return merge_all(m, s, mass, dot, spread, total, cross, best, classes, STATS)
 
 

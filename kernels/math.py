@@ -69,7 +69,7 @@ def softcapped(x, softcap, ACC: tl.constexpr):
     y2 = y * y
     series = 2.0 / 15.0 + y2 * (-17.0 / 315.0 + y2 * (62.0 / 2835.0 + y2 * (-1382.0 / 155925.0)))
     near = y + y * y2 * (-1.0 / 3.0 + y2 * series)
-    NEAR: tl.constexpr = 0.25 if ACC.primitive_bitwidth == 32 else 0.02
+    NEAR: tl.constexpr = 0.25 if ACC == tl.float32 else 0.02
     return softcap * tl.where(tl.abs(y) < NEAR, near, tl.where(y < 0, -far, far))
 
 

@@ -49,7 +49,7 @@ def compiled(tmp_path_factory):
     """The rows of `python -m bench kernels` for a kernel and a target."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.json"
     python("-m", "bench", "kernels", "--json", str(path))
-    if TRITON < (3, 7):
+    if TRITON < (3, 9):
         pytest.skip("the plans are for a newer Triton: with this one all compiles, but some kernels spill a few bytes")
     rows = json.loads(path.read_text())
 
@@ -92,9 +92,10 @@ def test_logits_move_in_128_bits(compiled, kernel, target):
     """Exactly as many 128-bit accesses as a thread's part of the tile fills, and no other access to its logits.
 
     That leaves no room for a tile that is read in part by narrower ones, or twice. Only the logit at the target of
-    each of the tile's rows may be read once more by itself.
+    each of the tile's rows may be read once more by itself. (Options make tiles smaller; the rest of a row may then
+    have no 128 bits for each thread.)
     """
-    variants = {str(v): v for v in VARIANTS if v.aligned and v.dtype in VECTORS}
+    variants = {str(v): v for v in VARIANTS if v.aligned and v.dtype in VECTORS and not v.options}
     for row in compiled(kernel, target):
         if row["variant"] not in variants:
             continue
@@ -133,6 +134,8 @@ def test_spills_are_noticed(target, classes, threads):
         rows = compile_call("{target}", Variant("", (8, {classes}), torch.float32, backwards=0))
         print(*[row["spill_bytes"] for row in rows if row["pass"]])
     """
+    if target in without_tools():
+        pytest.skip(f"this Triton alone can't compile for {target}")
     assert int(python("-c", code)) > 0
 
 
