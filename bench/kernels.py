@@ -132,8 +132,7 @@ of 16. The logit at a row's target is read once more by itself. A kernel that se
 
 def without_tools() -> list[str]:
     """Targets for which the installed Triton lacks the assembler or the linker."""
-    has_tools = tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 3)
-    return [] if has_tools else ["sm_100", "gfx942"]
+    return [] if dispatch.release(metadata.version("triton")) >= (3, 3) else ["sm_100", "gfx942"]
 
 
 def add_arguments(parser):
@@ -151,8 +150,8 @@ def run(args) -> int:
     rows = compile_all(targets)
     for target in targets:
         print(f"\n{target}\n{table([row for row in rows if row['target'] == target])}")
-    for target in sorted({*TARGETS} - {*targets}):
-        print(f"\n{target}: not compiled")
+    for target in [] if args.target else without_tools():
+        print(f"\n{target}: not compiled, as the installed Triton lacks the assembler or the linker")
     print(LEGEND)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import release
 from ..layout import arrange_call, batch_shape, class_axis, contiguous, gradient_memory, layout, visible
 from ..plan import (
     FEW_ROWS,
@@ -108,8 +109,7 @@ def l2_bytes(target, index):
 
 def largest_cluster(target):
     """Programs of the largest portable cluster, where the GPU has clusters and Triton compiles reductions over them."""
-    triton_version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return 16 if target.backend == "cuda" and target.arch >= 90 and triton_version >= (3, 9) else 1
+    return 16 if target.backend == "cuda" and target.arch >= 90 and release(triton.__version__) >= (3, 9) else 1
 
 
 def clusters_work(device, plan):

@@ -15,7 +15,7 @@ pytest.register_assert_rewrite("parity")
 
 from xent_ext import autograd, cpu, dispatch  # noqa: E402
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TORCH = dispatch.release(torch.__version__)
 current_corners = pytest.mark.skipif(
     TORCH < (2, 12), reason="older PyTorch takes other calls than the present one, and raises other types for the rest"
 )

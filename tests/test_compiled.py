@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
 
 
-TRITON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) if dispatch.HAS_TRITON else ()
+TRITON = dispatch.release(importlib.metadata.version("triton")) if dispatch.HAS_TRITON else ()
 
 
 def python(*arguments):

@@ -41,10 +41,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here: PyTor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def release(version):
+    """(major, minor) of a package's version."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 # Before 2.12 PyTorch's compiler can't trace what is decided here and in `functional`: it fails at frozen dataclasses,
-# and at the questions whether there is autocast and whether sizes depend on data. And gradients of a DTensor's shards
-# were added up in another way.
-RECENT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+# and at the questions whether there is autocast and whether sizes depend on data. And with 2.6 the gradients of a
+# DTensor's shards were found wrong; which release mended them is not known.
+RECENT = release(torch.__version__) >= (2, 12)
 
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in PyTorch 2.7
 
