@@ -123,5 +123,15 @@ def accesses(kernel) -> dict:
 
 
 def pointer_arguments(source) -> list[str]:
-    """Names of the pointers that the compiled kernel takes: those not known when it was compiled."""
-    return [name for name, type in source.signature.items() if type.startswith("*") and name not in source.constants]
+    """Names of the pointers that the compiled kernel takes, such as `given.logits.ptr`."""
+    return [name for name, type in leaves("", source.signature) if type.startswith("*")]
+
+
+def leaves(name, value):
+    """The members of tuples in tuples, each with its name."""
+    members = value if isinstance(value, dict) else value._asdict() if isinstance(value, tuple) else None
+    if members is None:
+        yield name, value
+    else:
+        for member, inner in members.items():
+            yield from leaves(f"{name}.{member}".lstrip("."), inner)

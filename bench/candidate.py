@@ -7,9 +7,10 @@ import statistics
 from unittest import mock
 
 from triton.runtime import JITFunction
-from xent_ext.kernels import launch
+from xent_ext.kernels import implementation
 
 import xent_ext
+from xent_ext import dispatch
 
 from . import assembly, traffic
 from .case import Timed, check
@@ -21,9 +22,11 @@ from .search import ROUNDS, Unusable
 @contextlib.contextmanager
 def used(tuning):
     """Inside, calls are planned by these numbers."""
-    device = dataclasses.replace(launch.device_properties(0), tuning=tuning)
-    with mock.patch.multiple(launch, device_properties=lambda index: device):
+    device = dataclasses.replace(implementation.device_properties(0), tuning=tuning)
+    dispatch.forget()
+    with mock.patch.multiple(implementation, device_properties=lambda index: device):
         yield
+    dispatch.forget()
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import xent_ext
-from xent_ext import dispatch
+from xent_ext import backends
 
 from . import report
 
@@ -132,7 +132,7 @@ of 16. The logit at a row's target is read once more by itself. A kernel that se
 
 def without_tools() -> list[str]:
     """Targets for which the installed Triton lacks the assembler or the linker."""
-    return [] if dispatch.release(metadata.version("triton")) >= (3, 3) else ["sm_100", "gfx942"]
+    return [] if backends.release(metadata.version("triton")) >= (3, 3) else ["sm_100", "gfx942"]
 
 
 def add_arguments(parser):
@@ -143,7 +143,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    if not dispatch.HAS_TRITON:
+    if not backends.HAS_TRITON:
         print("Triton is not installed: there are no kernels to compile.", file=sys.stderr)
         return 1
     targets = args.target or [target for target in TARGETS if target not in without_tools()]
@@ -209,21 +209,22 @@ def make_call(variant: Variant):
 def walk(launch, variant: Variant) -> dict:
     """What a launch does with the logits, and in how many vectors of 128 bits a thread could read its tile once."""
     arguments, metadata = launch.arguments, launch.kernel.metadata
-    if "x_ptr" not in arguments:
+    if "given" not in arguments:
         return {"pass": ""}
-    if arguments.get("expected_ptr") is not None:
-        name = "remake"
-    elif arguments["grad_ptr"] is None:
+    results, gradient, numbers = arguments["results"], arguments["gradient"], arguments["K"]
+    if gradient.view is None:
         name = "loss"
+    elif gradient.expected is not None:
+        name = "remake"
     else:
-        name = "gradient" if arguments.get("loss_ptr") is None else "loss+gradient"
+        name = "gradient" if results.loss is None else "loss+gradient"
     threads = metadata.num_ctas * metadata.num_warps * metadata.target.warp_size
-    pieces = [arguments["BLOCK"], *([arguments["REST"]] if arguments["REST"] and not arguments["EDGE"] else [])]
-    tiles = [arguments["ROWS"] * classes * variant.dtype.itemsize for classes in pieces]
+    pieces = [numbers.BLOCK, *([numbers.REST] if numbers.REST and not numbers.EDGE else [])]
+    tiles = [numbers.ROWS * classes * variant.dtype.itemsize for classes in pieces]
     return {
         "pass": name,
-        "rows": arguments["ROWS"],
-        "walks": walks(launch.name, arguments["grad_ptr"] is not None),
+        "rows": numbers.ROWS,
+        "walks": walks(launch.name, gradient.view is not None),
         "vectors": sum(max(tile // (16 * threads), 1) for tile in tiles),
         "gathers": "loss" in name and not variant.probabilities,  # the target's logit, by itself
     }
@@ -244,7 +245,7 @@ def table(rows: list[dict]) -> str:
         [
             [
                 row["variant"], row["kernel"], row["pass"], str(row["num_ctas"]), str(row["registers"]), spills(row),
-                str(row["shared_bytes"]), widths(row, "x_ptr", "load"), widths(row, "grad_ptr", "store"),
+                str(row["shared_bytes"]), widths(row, "given.logits.ptr", "load"), widths(row, "gradient.view.ptr", "store"),
                 str(row["code_bytes"]),
             ]
             for row in kernels.values()

@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
-from xent_ext.kernels import launch
+from xent_ext.kernels import device, implementation, launch
 
-from xent_ext import dispatch
+from xent_ext import backends, dispatch
 
 # What the plan and Triton ask of a device, by architecture: A100, H100, B200, MI300X.
 PROPERTIES = {
@@ -35,7 +35,7 @@ class Launch:
     """What one launch would have run."""
 
     kernel: triton.compiler.CompiledKernel
-    arguments: dict  # those passed by name, with Triton's options
+    arguments: dict  # by their names, with Triton's options
 
     @property
     def name(self):
@@ -79,16 +79,16 @@ def target(backend, arch):
         limit = PROPERTIES[arch]["max_shared_mem"]
         if kernel.metadata.shared > limit:
             raise OutOfResources(kernel.metadata.shared, limit, "shared memory")
-        launches.append(Launch(kernel, kwargs))
+        launches.append(Launch(kernel, dict(zip(function.arg_names, args, strict=False)) | kwargs))
         return kernel
 
     with (
         mock.patch.dict(vars(triton.runtime.driver)),  # puts back whatever driver was active
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
-        mock.patch.object(launch, "clusters_work", return_value=True),  # it would run them to see
+        mock.patch.multiple(backends, BACKEND="triton", CHECK=False),
+        mock.patch.object(implementation, "clusters_work", return_value=True),  # it would run them to see
         mock.patch.object(launch, "is_reusable", return_value=False),  # for every launch is to come by here
-        mock.patch.object(launch, "TUNING", None),  # which is for a device that is there
+        mock.patch.object(device, "TUNING", None),  # which is for a device that is there
     ):
         triton.runtime.driver.set_active(Driver(backend, arch))
         forget()
@@ -100,5 +100,5 @@ def target(backend, arch):
 
 def forget():
     """What was found for one driver is not for another."""
-    launch.device_properties.cache_clear()
-    launch.setup.cache_clear()
+    implementation.forget()
+    dispatch.forget()

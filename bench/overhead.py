@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import xent_ext
-from xent_ext import dispatch
+from xent_ext import backends
 
 from . import machine, report
 from .case import Timed, absence
@@ -102,17 +102,17 @@ def no_launch(kernel, grid):
 def launches_stubbed():
     """Inside, CPU tensors take the Triton path by the plan for an H100, and launching a kernel does nothing."""
     from triton.runtime import KernelInterface
-    from xent_ext.kernels import launch
+    from xent_ext.kernels import device, implementation
 
     def gpu(index):  # not a Mock: to call one takes longer than much of what is timed
-        return launch.INTERPRETED
+        return device.INTERPRETED
 
     def work(device, plan):
         return True
 
     with (
         mock.patch.object(KernelInterface, "__getitem__", no_launch),
-        mock.patch.multiple(dispatch, BACKEND="triton", CHECK=False),
-        mock.patch.multiple(launch, device_properties=gpu, clusters_work=work),
+        mock.patch.multiple(backends, BACKEND="triton", CHECK=False),
+        mock.patch.multiple(implementation, device_properties=gpu, clusters_work=work),
     ):
         yield

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import xent_ext
-from xent_ext import dispatch
+from xent_ext import backends
 
 from . import machine, memory, report
 from .case import absence, copy_bandwidth
@@ -66,7 +66,7 @@ def compare(dtypes, peers, device) -> dict:
         "about": {name: ABOUT[name] for name in peers},
         "copy_bytes_per_second": in_fresh_process(copy_bandwidth, str(device), machine.last_cache_bytes(device)),
         "rows": [row(case, peers) for case in tqdm(cases, "Measuring", unit="case")],
-        "planned": planned() if dispatch.HAS_TRITON else [],
+        "planned": planned() if backends.HAS_TRITON else [],
     }
 
 

@@ -20,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from xent_ext import dispatch
+from xent_ext import backends
 from xent_ext.plan import CHOICES
 
 from . import machine, report, search, traffic
@@ -53,13 +53,13 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def run(args) -> int:
-    if not dispatch.HAS_TRITON:
+    if not backends.HAS_TRITON:
         print("Triton is not installed: there are no kernels to tune.", file=sys.stderr)
         return 1
     device = machine.pick_device("auto")
     sizes = dict.fromkeys(args.shapes or (shape.size for _, shape in chosen(args.suite)))
     cases = [Case("tune", "", size, dtype, "full", str(device)) for dtype in args.dtype for size in sizes]
-    if device.type == "cpu" and dispatch.BACKEND != "triton":
+    if device.type == "cpu" and backends.BACKEND != "triton":
         print(shipped_plans(cases))
         print("\nNothing was searched: PyTorch sees no GPU, and which numbers are fastest only a GPU can say.")
         return 0
@@ -79,11 +79,11 @@ def run(args) -> int:
 
 def tune(cases: list[Case], device, seconds: float) -> dict:
     """Search; return what a tuning file holds, with all that its numbers depend on."""
-    from xent_ext.kernels import launch
+    from xent_ext.kernels.device import device_name, device_properties
 
     from . import candidate  # these need Triton
 
-    name, start = launch.device_name(0), launch.device_properties(0).tuning
+    name, start = device_name(0), device_properties(0).tuning
     cache, free = machine.last_cache_bytes(device), machine.free_memory(device)
     measure = candidate.Measure(seconds, lambda case: rotating_sets(case, cache))
     result = {"device": name, "tuning": {}, "machine": machine.describe(), "clocks_before": machine.clocks()}
@@ -163,7 +163,7 @@ COUNTS = ("programs", "SPLITS", "at_once")
 
 def shipped_plans(cases: list[Case]) -> str:
     """For each target the plan of every case, by the numbers that the package ships with."""
-    from xent_ext.kernels import launch
+    from xent_ext.kernels.device import device_properties
 
     from . import kernels, offline  # these need Triton
 
@@ -171,7 +171,7 @@ def shipped_plans(cases: list[Case]) -> str:
     tables = []
     for target, gpu in kernels.TARGETS.items():
         with offline.target(*gpu):
-            source = launch.device_properties(0).tuning.source
+            source = device_properties(0).tuning.source
             plans = [(case, traffic.plan(case.shape, case.dtype)) for case in cases]
         body = [
             ["x".join(map(str, case.shape)), case.dtype, tile(plan), *(str(plan["numbers"][key]) for key in COUNTS)]

@@ -9,22 +9,31 @@ For a row with logits z and target mass b (one number per class, xent_ext/refere
 `dot` is taken relative to m, so that logits with a large common offset lose nothing. Tiles are [ROWS, BLOCK];
 whatever belongs to a row is [ROWS]. The mass b has a *dense* part, one number for each class (probability
 targets, label smoothing), and a *point* part at the class index; either may be absent.
-
-A row's summary is (m, s, mass, dot, spread, total, cross, best), mass and dot those of the dense part; for statistics
-
-    spread = sum exp(z - m) * (z - m),  total = sum q,  cross = sum q * (z - m)
-
-and `best`, which stands for the first class of the largest logit. Those that are not used are compiled away.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Summary(NamedTuple):
+    """What a row, or a part of it, comes to; what is not wanted of it is zero, and compiled away."""
+
+    m: Any
+    s: Any
+    mass: Any
+    dot: Any
+    spread: Any  # sum exp(z - m) * (z - m)
+    total: Any  # sum q, the probabilities
+    cross: Any  # sum q * (z - m)
+    best: Any  # stands for the first class of the largest logit (see `best_of`)
+
+
 @triton.jit
-def scalar(value, ACC: tl.constexpr):
-    """A kernel argument as a tensor of type ACC (the interpreter hands floats over as Python's)."""
-    return tl.full((), value, ACC)
+def widened(x, K):
+    """x in the type that everything is computed in."""
+    return x.to(tl.float64 if K.DOUBLE else tl.float32)
 
 
 @triton.jit
@@ -40,28 +49,24 @@ def exponentials(z, m):
 
 
 @triton.jit
-def dense_mass(w, q, smoothing, classes, SMOOTH: tl.constexpr, ACC: tl.constexpr):
-    """w * ((1 - smoothing) * q + smoothing / C); q is None for class-index targets, whose q is the point part."""
-    b = w
-    if q is not None:
-        b = w * q
-    if SMOOTH:
-        eps = scalar(smoothing, ACC)
-        uniform = w * (eps / classes)
-        b = uniform if q is None else b * (1 - eps) + uniform
-    return b
+def dense_mass(w, q, smoothing, target, classes):
+    """w * ((1 - smoothing) * q + smoothing / C), less what is the point part: (1 - smoothing) * q of class indices."""
+    if target.probabilities is None:
+        return w * (smoothing / classes)
+    elif target.smoothing is None:
+        return w * q
+    else:
+        return w * q * (1 - smoothing) + w * (smoothing / classes)
 
 
 @triton.jit
-def point_mass(w, smoothing, SMOOTH: tl.constexpr, ACC: tl.constexpr):
+def point_mass(w, smoothing):
     """(1 - smoothing) * w at the class index."""
-    if SMOOTH:
-        w = w * (1 - scalar(smoothing, ACC))
-    return w
+    return w * (1 - smoothing)
 
 
 @triton.jit
-def softcapped(x, softcap, ACC: tl.constexpr):
+def softcapped(x, softcap):
     """softcap * tanh(x / softcap), to full precision near 0, too: from the exponential, and there from the series."""
     y = x / softcap
     e = tl.exp(-2.0 * tl.abs(y))
@@ -69,8 +74,11 @@ def softcapped(x, softcap, ACC: tl.constexpr):
     y2 = y * y
     series = 2.0 / 15.0 + y2 * (-17.0 / 315.0 + y2 * (62.0 / 2835.0 + y2 * (-1382.0 / 155925.0)))
     near = y + y * y2 * (-1.0 / 3.0 + y2 * series)
-    NEAR: tl.constexpr = 0.25 if ACC == tl.float32 else 0.02
+    NEAR: tl.constexpr = 0.25 if x.dtype == tl.float32 else 0.02
     return softcap * tl.where(tl.abs(y) < NEAR, near, tl.where(y < 0, -far, far))
+
+
+# Sums over the classes, relative to m
 
 
 @triton.jit
@@ -99,80 +107,111 @@ def best_of(z, m, c, classes):
     return tl.min(tl.where(z != z, c, tl.where(z == m[:, None], c + classes, 2 * classes)), 1)
 
 
+# Summaries
+
+
 @triton.jit
-def merge(
-    m1, s1, mass1, dot1, spread1, total1, cross1, best1, m2, s2, mass2, dot2, spread2, total2, cross2, best2, classes,
-    STATS: tl.constexpr,
-):  # fmt: skip
-    """The summary of two parts of a row. A part whose logits are all -inf has m = -inf and s = 0."""
-    m = tl.maximum(m1, m2)
+def nothing(like, classes):
+    """The summary of no logits at all."""
+    zero = tl.zeros_like(like)
+    return Summary(
+        m=zero - float("inf"), s=zero, mass=zero, dot=zero, spread=zero, total=zero, cross=zero,
+        best=zero.to(tl.int32) + 2 * classes,
+    )  # fmt: skip
+
+
+@triton.jit
+def relative_to(m, a, classes, K):
+    """The summary a, relative to m instead of a.m, which is no larger. Where all logits are -inf, s is 0."""
     o = origin(m)
-    down1, down2 = origin(m1) - o, origin(m2) - o
-    e1, e2 = tl.exp(m1 - o), tl.exp(m2 - o)
-    s = s1 * e1 + s2 * e2
-    dot = (dot1 + mass1 * down1) + (dot2 + mass2 * down2)
-    if STATS:
-        spread1 = e1 * (spread1 + s1 * down1) + e2 * (spread2 + s2 * down2)
-        cross1 = (cross1 + total1 * down1) + (cross2 + total2 * down2)
-        total1 += total2
-        smallest = tl.minimum(best1, best2)
-        best1 = tl.where((smallest < classes) | (m1 == m2), smallest, tl.where(m1 > m2, best1, best2))
-    return m, s, mass1 + mass2, dot, spread1, total1, cross1, best1
+    down = origin(a.m) - o
+    e = tl.exp(a.m - o)
+    dot, spread, cross, best = a.dot, a.spread, a.cross, a.best
+    if K.DENSE:
+        dot += a.mass * down
+    if K.STATS:
+        spread = e * (spread + a.s * down)
+        cross += a.total * down
+        best = tl.where((best < classes) | (a.m == m), best, 2 * classes)
+    return Summary(m=m, s=a.s * e, mass=a.mass, dot=dot, spread=spread, total=a.total, cross=cross, best=best)
 
 
 @triton.jit
-def merge_all(m, s, mass, dot, spread, total, cross, best, classes, STATS: tl.constexpr):
-    """The summary of each row from those of its parts, [ROWS, parts]; see `merge`."""
-    whole = tl.max(m, 1)
-    o = origin(whole)[:, None]
-    down = origin(m) - o
-    e = tl.exp(m - o)
-    dot = tl.sum(dot + mass * down, 1)
-    if STATS:
-        spread = e * (spread + s * down)
-        cross = cross + total * down
-        best = tl.where((best < classes) | (m == whole[:, None]), best, 2 * classes)
-    s, mass, total = tl.sum(s * e, 1), tl.sum(mass, 1), tl.sum(total, 1)
-    return whole, s, mass, dot, tl.sum(spread, 1), total, tl.sum(cross, 1), tl.min(best, 1)
+def joined(a, b):
+    """The summary of two parts of a row whose summaries are relative to the same m."""
+    return Summary(
+        m=a.m,
+        s=a.s + b.s,
+        mass=a.mass + b.mass,
+        dot=a.dot + b.dot,
+        spread=a.spread + b.spread,
+        total=a.total + b.total,
+        cross=a.cross + b.cross,
+        best=tl.minimum(a.best, b.best),
+    )
 
 
 @triton.jit
-def row_loss(m, s, mass, dot, z_loss_ptr):
-    loss = mass * tl.log(s) - dot
-    if z_loss_ptr is not None:
-        lse = m + tl.log(s)
-        loss += tl.load(z_loss_ptr) * lse * lse
+def merge(a, b, classes, K):
+    """The summary of two parts of a row."""
+    m = tl.maximum(a.m, b.m)
+    return joined(relative_to(m, a, classes, K), relative_to(m, b, classes, K))
+
+
+@triton.jit
+def merge_all(parts, classes, K):
+    """The summary of each row from those of its parts, [ROWS, parts]."""
+    m = tl.max(parts.m, 1)
+    a = relative_to(m[:, None], parts, classes, K)
+    return Summary(
+        m=m,
+        s=tl.sum(a.s, 1),
+        mass=tl.sum(a.mass, 1),
+        dot=tl.sum(a.dot, 1),
+        spread=tl.sum(a.spread, 1),
+        total=tl.sum(a.total, 1),
+        cross=tl.sum(a.cross, 1),
+        best=tl.min(a.best, 1),
+    )
+
+
+# What becomes of a row's summary
+
+
+@triton.jit
+def log_sum(row):
+    """log sum exp z"""
+    return row.m + tl.log(row.s)
+
+
+@triton.jit
+def row_loss(row, z_loss):
+    loss = row.mass * tl.log(row.s) - row.dot
+    if z_loss is not None:
+        lse = log_sum(row)
+        loss += tl.load(z_loss) * lse * lse
     return loss
 
 
 @triton.jit
-def gradient_mass(m, s, mass, z_loss_ptr):
+def gradient_mass(row, z_loss):
     """What p is multiplied by in the gradient of the row loss."""
-    if z_loss_ptr is not None:
-        mass += 2 * tl.load(z_loss_ptr) * (m + tl.log(s))
+    mass = row.mass
+    if z_loss is not None:
+        mass += 2 * tl.load(z_loss) * log_sum(row)
     return mass
 
 
 @triton.jit
-def row_factor(s, mass, counted):
-    """What exp(z - m) is multiplied by in the gradient, for a mass that is scaled already; 0 for ignored rows."""
-    return tl.where(counted, mass / s, 0.0)
-
-
-@triton.jit
-def row_gradient(e, factor, minus_b):
-    """The gradient of a tile, times a scale that `factor` ([ROWS], `row_factor`) and -b ([ROWS, BLOCK]) have in it."""
-    return e * factor[:, None] + minus_b
-
-
-@triton.jit
-def entropy(s, spread):
+def entropy(row):
     """- sum p log p"""
-    return tl.log(s) - spread / s
+    return tl.log(row.s) - row.spread / row.s
 
 
 @triton.jit
-def entropy_gradient(e, z, m, s, spread, upstream):
-    """upstream * - p * (log p + entropy), where a class with p = 0 has none."""
-    excess = z - (origin(m) + spread / s)[:, None]
-    return tl.where(e == 0, 0.0, -e * excess * (upstream / s)[:, None])
+def entropy_gradient(e, z, mean, factor):
+    """factor * - e * (z - mean), where a class with e = 0 has none.
+
+    With 1 / s for the factor and the mean of z under p this is the gradient of the entropy.
+    """
+    return tl.where(e == 0, 0.0, -e * (z - mean[:, None]) * factor[:, None])

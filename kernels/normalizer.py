@@ -6,61 +6,84 @@ Sums are made in a fixed order, without atomics, so that the same input gives th
 import triton
 import triton.language as tl
 
-from .tile import normalizer, rows_weight
+from .arguments import Target
+from .math import widened
 
 
-@triton.jit(do_not_specialize=["ignore_index", "rows", "span"])
+@triton.jit
+def rows_weight(target, number, mask, ignore_index, classes, K):
+    """What each row counts for in a mean: 1 or its target's weight, times its sample weight.
+
+    0 if it is ignored or its target is no class.
+    """
+    w = widened(mask, K)
+    if target.indices is not None:
+        t = tl.load(target.indices + number, mask=mask, other=-1).to(tl.int64)
+        mask = mask & (t != ignore_index) & (t >= 0) & (t < classes)
+        w = widened(mask, K)
+        if target.weight is not None:
+            w = widened(tl.load(target.weight + t, mask=mask, other=0.0), K)
+    if target.sample_weight is not None:
+        w *= tl.load(target.sample_weight + number, mask=mask, other=0.0)
+    return w
+
+
+@triton.jit
+def divisor(parts, target, batch, ignore_index, classes, K):
+    """What the loss of so many rows is divided by: the normaliser of a mean, whose `parts` may be there already."""
+    total = tl.full((), 1.0, tl.float32)
+    if K.MEAN:
+        if parts is not None:
+            total = tl.sum(tl.load(parts + tl.arange(0, K.PARTS)), 0)
+        elif K.COUNT > 0:
+            number = tl.arange(0, K.COUNT)
+            total = tl.sum(rows_weight(target, number, number < batch, ignore_index, classes, K), 0)
+        else:
+            total = widened(batch, K)
+        if K.NOT_ZERO:
+            total = tl.where(total == 0, float("inf"), total)
+    return total
+
+
+@triton.jit(do_not_specialize=["batch", "ignore_index"])
 def normalizer_parts(
-    target_ptr,  # None: probabilities, no row is ignored
-    weight_ptr,  # None: all ones
-    sample_weight_ptr,  # None: all ones
-    parts_ptr,
-    rows: tl.int64,
-    span: tl.int64,  # rows for each program
+    target: Target,
+    parts,
+    batch: tl.int64,  # rows
     ignore_index: tl.int64,
     classes,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
+    K: tl.constexpr,  # Constants
 ):
     """Number, or weight, of the rows that count: neither ignored nor out of range."""
+    span = tl.cdiv(batch, tl.num_programs(0))
     begin = tl.program_id(0) * span
-    end = tl.minimum(begin + span, rows)
-    total = tl.zeros((BLOCK,), ACC)
-    for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        total += rows_weight(target_ptr, weight_ptr, sample_weight_ptr, row, row < end, ignore_index, classes, ACC)
-    tl.store(parts_ptr + tl.program_id(0), tl.sum(total, 0))
+    end = tl.minimum(begin + span, batch)
+    total = widened(tl.zeros((K.BLOCK,), tl.float32), K)
+    for start in range(begin, end, K.BLOCK):
+        number = start + tl.arange(0, K.BLOCK)
+        total += rows_weight(target, number, number < end, ignore_index, classes, K)
+    tl.store(parts + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "rows", "count", "span"])
+@triton.jit(do_not_specialize=["count", "batch", "ignore_index"])
 def sum_parts(
-    losses_ptr,
-    normalizer_ptr,  # None: the rows are counted here, or `divisor` is the normaliser
-    target_ptr,
-    weight_ptr,
-    sample_weight_ptr,
-    out_ptr,
-    rows: tl.int64,
+    target: Target,
+    losses,
+    normalizer,
+    out,
+    count: tl.int64,  # losses
+    batch: tl.int64,  # rows
     ignore_index: tl.int64,
     classes,
-    count: tl.int64,
-    span: tl.int64,  # losses for each program
-    divisor: tl.float64,
-    PARTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    NOT_ZERO: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
+    K: tl.constexpr,  # Constants
 ):
     """Sum of `count` losses over the normaliser; with several programs, one part from each."""
+    span = tl.cdiv(count, tl.num_programs(0))
     begin = tl.program_id(0) * span
     end = tl.minimum(begin + span, count)
-    total = tl.zeros((BLOCK,), ACC)
-    for start in range(begin, end, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total += tl.load(losses_ptr + k, mask=k < end, other=0.0).to(ACC)
-    out = tl.sum(total, 0) / normalizer(
-        normalizer_ptr, divisor, target_ptr, weight_ptr, sample_weight_ptr, rows, ignore_index, classes, PARTS, COUNT,
-        NOT_ZERO, ACC,
-    )  # fmt: skip
-    tl.store(out_ptr + tl.program_id(0), out.to(out_ptr.dtype.element_ty))
+    total = widened(tl.zeros((K.BLOCK,), tl.float32), K)
+    for start in range(begin, end, K.BLOCK):
+        k = start + tl.arange(0, K.BLOCK)
+        total += widened(tl.load(losses + k, mask=k < end, other=0.0), K)
+    result = tl.sum(total, 0) / divisor(normalizer, target, batch, ignore_index, classes, K)
+    tl.store(out + tl.program_id(0), result.to(out.dtype.element_ty))

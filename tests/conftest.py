@@ -13,9 +13,9 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 pytest.register_assert_rewrite("parity")
 
-from xent_ext import autograd, cpu, dispatch  # noqa: E402
+from xent_ext import autograd, backends, cpu, dispatch  # noqa: E402
 
-TORCH = dispatch.release(torch.__version__)
+TORCH = backends.release(torch.__version__)
 current_corners = pytest.mark.skipif(
     TORCH < (2, 12), reason="older PyTorch takes other calls than the present one, and raises other types for the rest"
 )
@@ -35,6 +35,7 @@ def one_thread():
 def nothing_expected():
     """Each test's first upstream gradient is expected to be 1."""
     autograd.shared_expectation.cache_clear()
+    dispatch.forget()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -46,21 +47,21 @@ class Calls(list):
     """The problems that an implementation was given."""
 
     def watch(self, monkeypatch, module):
-        forward = module.forward
+        forward = module.Setup.forward
 
-        def watched(problem, *args):
-            self.append(problem)
-            return forward(problem, *args)
+        def watched(setup, *args):
+            self.append(setup.problem)
+            return forward(setup, *args)
 
-        monkeypatch.setattr(module, "forward", watched)
+        monkeypatch.setattr(module.Setup, "forward", watched)
         return self
 
 
 @pytest.fixture
 def cpu_blocks(monkeypatch):
     """`xent_ext.cpu` takes every call that it can, however small. Returns its calls."""
-    monkeypatch.setattr(dispatch, "BACKEND", "auto")
-    monkeypatch.setattr(dispatch, "CHECK", False)
+    monkeypatch.setattr(backends, "BACKEND", "auto")
+    monkeypatch.setattr(backends, "CHECK", False)
     monkeypatch.setattr(dispatch, "is_small", lambda input: False)
     return Calls().watch(monkeypatch, cpu)
 
@@ -75,11 +76,11 @@ def many_blocks(cpu_blocks, monkeypatch):
 @pytest.fixture
 def triton_backend(monkeypatch):
     """The Triton kernels take every call that they can, on every device. Returns their calls."""
-    launch = pytest.importorskip("xent_ext.kernels.launch", exc_type=ImportError)
-    launch.setup.cache_clear()  # tests change the numbers that plans are made of
-    monkeypatch.setattr(dispatch, "BACKEND", "triton")
-    monkeypatch.setattr(dispatch, "CHECK", False)
-    return Calls().watch(monkeypatch, launch)
+    implementation = pytest.importorskip("xent_ext.kernels.implementation", exc_type=ImportError)
+    implementation.forget()  # tests change the numbers that plans are made of
+    monkeypatch.setattr(backends, "BACKEND", "triton")
+    monkeypatch.setattr(backends, "CHECK", False)
+    return Calls().watch(monkeypatch, implementation)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent_ext
 from bench import machine
-from xent_ext import autograd, cpu, dispatch
+from xent_ext import autograd, backends, cpu
 from xent_ext.problem import Tensors, Upstream, Wanted
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -80,13 +80,14 @@ def test_any_factor_gives_the_bits_of_a_direct_computation(fused, device, dtype,
     """The gradient made ahead, for a factor of 1, leaves no trace in those for others."""
     args = call(dtype=dtype, probabilities=probabilities, device=device)
     loss = xent_ext.cross_entropy(**args, reduction=reduction, label_smoothing=0.1)
-    implementation = dispatch.implementation("cpu" if device == "cpu" else "triton")
+    implementation = backends.implementation("cpu" if device == "cpu" else "triton")
     tensors, wanted = Tensors(*args.values()), Wanted(gradient=True)
     for factor in (1.0, 3.0, 1 / 3, 1e-6, 65504.0, -1.0, 0.0, float("inf"), float("nan")):
         upstream = torch.full_like(loss, factor)
         with torch.no_grad():
-            made = implementation.forward(fused[0], tensors, wanted, None)._replace(gradient=None)
-            direct, _, _ = implementation.backward(fused[0], tensors, wanted, made, Upstream(upstream), None)
+            setup = implementation.setup_for(fused[0], tensors, wanted)
+            made = setup.forward(tensors, None)._replace(gradient=None)
+            direct, _, _ = setup.backward(tensors, made, Upstream(upstream), None)
         loss = xent_ext.cross_entropy(**args, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(gradient(loss, args["input"], upstream), direct, rtol=0, atol=0, equal_nan=True)
 

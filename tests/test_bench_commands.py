@@ -123,10 +123,10 @@ def test_overhead_times_calls_and_stubbed_launches(tmp_path):
 
 
 def test_stubbed_launches_take_the_triton_path(monkeypatch):
-    launch = pytest.importorskip("xent_ext.kernels.launch", exc_type=ImportError)
+    implementation = pytest.importorskip("xent_ext.kernels.implementation", exc_type=ImportError)
     calls = []
-    forward = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *args: calls.append(args) or forward(*args))
+    forward = implementation.Setup.forward
+    monkeypatch.setattr(implementation.Setup, "forward", lambda *args: calls.append(args) or forward(*args))
     logits, target = torch.randn(4, 10, requires_grad=True), torch.zeros(4, dtype=torch.int64)
     with overhead.launches_stubbed():
         loss = xent_ext.cross_entropy(logits, target)

@@ -240,7 +240,7 @@ def larger_is_faster(candidate, monkeypatch):
     """All runs as ever, but by a clock for which calls take the longer the smaller the tiles of narrow rows are."""
 
     def milliseconds(clock, start, end):
-        return 1e4 / candidate.launch.device_properties(0).tuning.narrow_tile
+        return 1e4 / candidate.implementation.device_properties(0).tuning.narrow_tile
 
     monkeypatch.setattr(machine.Clock, "milliseconds", milliseconds)
     monkeypatch.setattr("bench.search.ROUNDS", 2)
@@ -313,8 +313,8 @@ def test_without_a_gpu_the_shipped_plans_are_shown(tmp_path):
         assert f"{target}: the shipped numbers, {source}" in done.stdout
     assert sum(len(tunings) for tunings in TUNINGS.values()) == done.stdout.count("the shipped numbers")
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("8192x32000")]
-    launch = importlib.import_module("xent_ext.kernels.launch")
-    clusters = launch.largest_cluster(SimpleNamespace(backend="cuda", arch=90)) > 1
+    device = importlib.import_module("xent_ext.kernels.device")
+    clusters = device.largest_cluster(SimpleNamespace(backend="cuda", arch=90)) > 1
     assert [" ".join(row[2:]) for row in rows][:2] == [
         "resident 1 x 32768, 1 x 16 8192 1 8192",
         f"resident 1 x 32768, {'4 x 4' if clusters else '1 x 16'} 8192 1 8192",

@@ -11,11 +11,11 @@ from test_kernels import small_tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import xent_ext
-from xent_ext import dispatch, ops
+from xent_ext import backends, ops
 from xent_ext.autograd import upstream_of
-from xent_ext.functional import describe
+from xent_ext.call import Arguments, prepare
 
-pytestmark = pytest.mark.skipif(not dispatch.RECENT, reason="this PyTorch's compiler can't trace the package")
+pytestmark = pytest.mark.skipif(not backends.RECENT, reason="this PyTorch's compiler can't trace the package")
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -288,7 +288,7 @@ def test_class_indices_are_checked_on_request(triton_backend, monkeypatch):
     input, target, _ = make((7, 5))
     target[3] = 5
     assert function(input, target).isnan()
-    monkeypatch.setattr(dispatch, "CHECK", True)
+    monkeypatch.setattr(backends, "CHECK", True)
     with pytest.raises(IndexError, match=r"target\[3\] is 5"):
         function(input, target)
 
@@ -322,7 +322,7 @@ def test_errors(fused, device, target, options, error):
 
 def opcheck(input, target, weight, reduction, options=None, **which):
     """Check both operators: with gradients for all that require one, from the loss and from all statistics."""
-    problem, tensors = describe(options, input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1)
+    problem, tensors = prepare(Arguments(input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1), options)
     arguments = ops.arguments(problem, tensors)
     torch.library.opcheck(torch.ops.xent_ext.forward.default, arguments, **which)
     needed = [tensor is not None and tensor.requires_grad for tensor in tensors]

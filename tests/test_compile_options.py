@@ -30,10 +30,10 @@ from test_options import (
 )
 
 import xent_ext
-from xent_ext import dispatch
-from xent_ext.functional import Options
+from xent_ext import backends
+from xent_ext.call import Options
 
-pytestmark = pytest.mark.skipif(not dispatch.RECENT, reason="this PyTorch's compiler can't trace the package")
+pytestmark = pytest.mark.skipif(not backends.RECENT, reason="this PyTorch's compiler can't trace the package")
 
 EVERYTHING = {
     "logit_scale": "logit_scale",
@@ -166,9 +166,9 @@ def test_row_losses_are_differentiated_in_one_walk(fused, device, monkeypatch, p
         if not probabilities:
             args["target"][3:6] = -100
     function, _ = compiled(xent_ext.cross_entropy, "aot_eager")
-    implementation = dispatch.implementation_for(args["input"])
+    implementation = backends.implementation_for(args["input"])
     expected = by_row(xent_ext.cross_entropy, args, upstream)
-    monkeypatch.setattr(implementation, "backward", None)
+    monkeypatch.setattr(implementation.Setup, "backward", None)
     torch.testing.assert_close(by_row(function, args, upstream), expected, equal_nan=True)
 
 
@@ -243,7 +243,7 @@ def test_numbers_compile_nothing_anew(fused, device, name):
 
 
 def test_a_class_out_of_range_with_shift(triton_backend, monkeypatch):
-    monkeypatch.setattr(dispatch, "CHECK", True)
+    monkeypatch.setattr(backends, "CHECK", True)
     function, _ = compiled(xent_ext.cross_entropy, "aot_eager")
     input, target = torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
     target[1, 3] = 5

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from bench.kernels import TARGETS, VARIANTS, without_tools
-from xent_ext import dispatch
+from xent_ext import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not backends.HAS_TRITON, reason="Triton is not installed")
 
 
-TRITON = dispatch.release(importlib.metadata.version("triton")) if dispatch.HAS_TRITON else ()
+TRITON = backends.release(importlib.metadata.version("triton")) if backends.HAS_TRITON else ()
 
 
 def python(*arguments):
@@ -71,8 +71,8 @@ def kernel_of(row):
 
 def has_clusters(target):
     backend, arch = TARGETS[target]
-    launch = importlib.import_module("xent_ext.kernels.launch")
-    return launch.largest_cluster(SimpleNamespace(backend=backend, arch=arch)) > 1
+    device = importlib.import_module("xent_ext.kernels.device")
+    return device.largest_cluster(SimpleNamespace(backend=backend, arch=arch)) > 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -103,13 +103,13 @@ def test_logits_move_in_128_bits(compiled, kernel, target):
         accesses, vectors = row["accesses"], row["vectors"]
         writes = row["pass"] != "loss"
         reads = row["walks"]
-        load = dict(accesses["x_ptr"]["load"]) if "x_ptr" in accesses else {}
+        load = dict(accesses["given.logits.ptr"]["load"]) if "given.logits.ptr" in accesses else {}
         assert load.pop("128", 0) == reads * vectors, where
         assert sum(load.values()) <= (row["rows"] if row["gathers"] else 0), where
         if reads and variants[row["variant"]].probabilities:
-            assert accesses["q_ptr"]["load"] == {"128": reads * vectors}, where
+            assert accesses["given.target.probabilities.ptr"]["load"] == {"128": reads * vectors}, where
         if writes:
-            assert accesses["grad_ptr"] == {"load": {}, "store": {"128": vectors}}, where
+            assert accesses["gradient.view.ptr"] == {"load": {}, "store": {"128": vectors}}, where
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -128,8 +128,8 @@ def test_spills_are_noticed(target, classes, threads):
         import torch
         from bench.kernels import Variant, compile_call
         from xent_ext import plan
-        from xent_ext.kernels import launch
-        launch.shipped = lambda *args: plan.Tuning("a test", long_row_threads=({threads},))
+        from xent_ext.kernels import device
+        device.shipped = lambda *args: plan.Tuning("a test", long_row_threads=({threads},))
         plan.most_logits_per_thread = lambda *args: {1 << (classes - 1).bit_length()} // {threads}
         rows = compile_call("{target}", Variant("", (8, {classes}), torch.float32, backwards=0))
         print(*[row["spill_bytes"] for row in rows if row["pass"]])
@@ -202,10 +202,10 @@ def test_offline_target_is_active_only_inside(name, monkeypatch):
     before = dict(vars(driver))
     with offline.target(backend, arch):
         assert driver.active.get_current_target() == offline.GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-        assert offline.launch.device_properties(0).arch == arch
-        assert dispatch.BACKEND == "triton"
+        assert offline.device.device_properties(0).arch == arch
+        assert backends.BACKEND == "triton"
     assert dict(vars(driver)) == before
-    assert offline.launch.device_properties.cache_info().currsize == 0
+    assert offline.device.device_properties.cache_info().currsize == 0
 
 
 def test_interpreter_cannot_compile(monkeypatch):

@@ -8,7 +8,7 @@ from conftest import needs_gpu
 from parity import REDUCTIONS, make
 
 import xent_ext
-from xent_ext import dispatch
+from xent_ext import backends
 
 pytestmark = needs_gpu
 
@@ -75,7 +75,7 @@ def test_streams(shape, reduction):
 
 @pytest.mark.parametrize("ignored", [0.0, 0.2])
 def test_checked_class_indices_cost_one_synchronisation(monkeypatch, ignored):
-    monkeypatch.setattr(dispatch, "CHECK", True)
+    monkeypatch.setattr(backends, "CHECK", True)
     input, target, _ = make((64, 1000), ignored=ignored, device="cuda")
     xent_ext.cross_entropy(input, target)
     torch.cuda.set_sync_debug_mode("warn")

@@ -10,7 +10,7 @@ from conftest import current_corners
 from parity import check, make
 
 import xent_ext
-from xent_ext import dispatch, integrate
+from xent_ext import backends, integrate
 
 OWN = F.cross_entropy
 
@@ -289,9 +289,9 @@ def test_compile(fused, device, arguments):
     assert not fused
     with xent_ext.installed():
         torch.testing.assert_close(function(*arguments), expected)
-        assert len(fused) == int(dispatch.RECENT)
+        assert len(fused) == int(backends.RECENT)
     assert torch.equal(function(*arguments), expected)
-    assert len(fused) == int(dispatch.RECENT)
+    assert len(fused) == int(backends.RECENT)
 
 
 def test_compile_a_loss_made_in_the_graph(fused, device, arguments):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from parity import check, make
 
 import xent_ext
-from xent_ext import plan
+from xent_ext import backends, plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,14 +43,14 @@ def shape(request, monkeypatch):
 
 def force(monkeypatch, name):
     """Have the schedule of that name whatever the plan would choose, as XENT_EXT_SCHEDULE has."""
-    monkeypatch.setattr("xent_ext.kernels.launch.SCHEDULE", name)
+    monkeypatch.setattr("xent_ext.kernels.implementation.SCHEDULE", name)
 
 
 def small_tiles(monkeypatch):
     """Tiles of 256 logits, clusters, where there are any, of up to 4096, and few processors to split rows for."""
-    from xent_ext.kernels import launch
+    from xent_ext.kernels import implementation
 
-    device = launch.device_properties(0)
+    device = implementation.device_properties(0)
     tuning = dataclasses.replace(
         device.tuning,
         long_row_threads=(64,),
@@ -61,7 +61,7 @@ def small_tiles(monkeypatch):
         split_threads=64,
     )
     device = dataclasses.replace(device, processors=8, tuning=tuning)
-    monkeypatch.setattr(launch, "device_properties", lambda index: device)
+    monkeypatch.setattr(implementation, "device_properties", lambda index: device)
     monkeypatch.setattr(plan, "most_logits_per_thread", lambda *args: 4)
 
 
@@ -184,31 +184,31 @@ CLUSTERED = plan.Plan("resident", rows=1, block=512, num_warps=2, programs=4, nu
 
 def test_clusters_that_work_are_used(recwarn):
     """Where they compile; the interpreter, too, runs what is launched for one, if as one program."""
-    from xent_ext.kernels import launch
+    from xent_ext.kernels import implementation
 
-    if launch.device_properties(0).cluster == 1 and not INTERPRETED:
+    if implementation.device_properties(0).cluster == 1 and not INTERPRETED:
         pytest.skip("no clusters on this device")
-    assert launch.check_clusters(torch.device(DEVICE), CLUSTERED)
+    assert implementation.check_clusters(torch.device(DEVICE), CLUSTERED)
     assert not [w for w in recwarn if "clusters" in str(w.message)]
 
 
 def test_clusters_that_fail_are_not_used(monkeypatch, recwarn):
     """With one warning; they are wrong here, as `streaming` would be right."""
-    from xent_ext.kernels import launch
+    from xent_ext.kernels import implementation
 
-    monkeypatch.setattr(launch, "_checked", {})
-    forward = launch.Setup.forward
+    monkeypatch.setattr(implementation, "_checked", {})
+    forward = implementation.Setup.forward
 
     def wrong(self, *args):
         made = forward(self, *args)
         return made._replace(loss=made.loss + 1) if self.plan.num_ctas > 1 else made
 
-    monkeypatch.setattr(launch.Setup, "forward", wrong)
+    monkeypatch.setattr(implementation.Setup, "forward", wrong)
     device = torch.device(DEVICE)
     with pytest.warns(UserWarning, match="clusters of 2 fail"):
-        assert not launch.clusters_work(device, CLUSTERED)
+        assert not implementation.clusters_work(device, CLUSTERED)
     recwarn.clear()
-    assert not launch.clusters_work(device, CLUSTERED)
+    assert not implementation.clusters_work(device, CLUSTERED)
     assert not recwarn.list
 
 
@@ -293,7 +293,7 @@ def test_a_target_out_of_range_is_nan_in_its_row_alone(shape, bad, label_smoothi
 
 
 def test_check_names_the_bad_target(monkeypatch):
-    monkeypatch.setattr(xent_ext.dispatch, "CHECK", True)
+    monkeypatch.setattr(backends, "CHECK", True)
     input, target, _ = make((6, 40), device=DEVICE)
     target[4] = 41
     with pytest.raises(IndexError, match=r"Target 41 is out of bounds.*target\[4\]"):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_compile import compiled, nothing_compiled, operators  # noqa: F401
 
 import xent_ext
-from xent_ext import dispatch
+from xent_ext import backends
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def arguments():
 
 @pytest.mark.parametrize("function", [xent_ext.cross_entropy, xent_ext.CrossEntropyLoss()], ids=["function", "module"])
 def test_graphs_have_the_formula_of_pytorch(triton_backend, monkeypatch, arguments, function):
-    monkeypatch.setattr(dispatch, "RECENT", False)
+    monkeypatch.setattr(backends, "RECENT", False)
     loss, counter = compiled(lambda input, target: function(2 * input, target), "aot_eager")
     torch.testing.assert_close(loss(*arguments), F.cross_entropy(2 * arguments[0], arguments[1]))
     assert not operators(counter.graphs)
     assert not triton_backend
 
 
-@pytest.mark.skipif(dispatch.RECENT, reason="this PyTorch's compiler can trace the options")
+@pytest.mark.skipif(backends.RECENT, reason="this PyTorch's compiler can trace the options")
 def test_options_break_the_graph(arguments):
     def loss(input, target):
         return 3 * xent_ext.cross_entropy(2 * input, target, z_loss=0.1, softcap=3.0)

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import xent_ext
 from bench import machine
-from xent_ext import cpu, dispatch, reference
+from xent_ext import backends, cpu, dispatch, reference
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -443,7 +443,7 @@ def test_statistics_alone_have_gradients(many_blocks):
 @pytest.mark.parametrize("implementation", ["blocks", "plain"])
 def test_shift(many_blocks, monkeypatch, dtype, probabilities, reduction, implementation):
     if implementation == "plain":
-        monkeypatch.setattr(dispatch, "BACKEND", "torch")
+        monkeypatch.setattr(backends, "BACKEND", "torch")
     args = call((3, 5, 6), dtype, probabilities, sample_weight="sample_weight", reduction=reduction, return_stats=True)
     args["input"] = args["input"].detach().mT.contiguous().requires_grad_()  # (B, T, C)
     if probabilities:
@@ -707,7 +707,7 @@ def test_wrong_options_are_named(kind, options, request):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_class_indices_out_of_range(monkeypatch, backend):
-    monkeypatch.setattr(dispatch, "BACKEND", backend)
+    monkeypatch.setattr(backends, "BACKEND", backend)
     for options in ({"softcap": 2.0}, {"weight": torch.ones(5), "z_loss": 0.1}):
         with pytest.raises(IndexError, match="Target 5 is out of bounds"):
             xent_ext.cross_entropy(X, torch.tensor([1, 5, -100]), **options)
@@ -752,18 +752,18 @@ def test_module(many_blocks):
 
 def test_defaults_given_are_no_options(monkeypatch):
     """They leave a small call to PyTorch's own."""
-    monkeypatch.setattr(dispatch, "BACKEND", "auto")
+    monkeypatch.setattr(backends, "BACKEND", "auto")
     defaults = {"dtype": None, "logit_scale": 1.0, "softcap": None, "z_loss": 0.0, "return_stats": False}
     assert xent_ext.explain(X, T, **defaults).implementation == "torch"
     assert xent_ext.explain(X, T, softcap=3.0).implementation == "cpu"
-    monkeypatch.setattr(dispatch, "BACKEND", "torch")
+    monkeypatch.setattr(backends, "BACKEND", "torch")
     assert xent_ext.explain(X, T, softcap=3.0).implementation == "plain"
 
 
 @each_option
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_plain_formula_takes_what_nothing_else_does(monkeypatch, backend, options):
-    monkeypatch.setattr(dispatch, "BACKEND", backend)
+    monkeypatch.setattr(backends, "BACKEND", backend)
     args = call(**options)
     torch.testing.assert_close(outcome(xent_ext.cross_entropy, args), outcome(plain, args))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parity import DTYPES, REDUCTIONS, SHAPES, check, class_axis, make, outcome, relaid
 
 import xent_ext
-from xent_ext import cpu, dispatch
+from xent_ext import backends, cpu, dispatch
 from xent_ext.problem import Tensors
 
 SMOOTHINGS = (0.0, 0.1, 1.0)
@@ -425,7 +425,7 @@ def test_out_of_range(many_blocks, value, reduction, label_smoothing):
 
 def test_sizes_decide(monkeypatch):
     """Below a number of logits that depends on shape and dtype PyTorch's own takes the call."""
-    monkeypatch.setattr(dispatch, "BACKEND", "auto")
+    monkeypatch.setattr(backends, "BACKEND", "auto")
     taken = {}
     for shape, dtype in itertools.product([(4, 5), (40, 5), (40, 50), (40, 500), (4, 50, 5), (4, 50, 50)], DTYPES):
         monkeypatch.setattr(dispatch, "SMALL", 100)
@@ -451,7 +451,7 @@ def test_one_long_row_in_half_precision():
 
 
 def test_backend_torch(many_blocks, monkeypatch):
-    monkeypatch.setattr(dispatch, "BACKEND", "torch")
+    monkeypatch.setattr(backends, "BACKEND", "torch")
     check(*make((7, 5)))
     assert not many_blocks
 

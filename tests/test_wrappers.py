@@ -18,7 +18,7 @@ from test_options import call, flat, shifted_call
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
-from xent_ext import cpu, dispatch
+from xent_ext import backends, cpu, dispatch
 
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 distributed = pytest.mark.skipif(
@@ -44,7 +44,7 @@ def process(rank, path):
     """Here the CPU implementation takes every call that it can."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dispatch.BACKEND, dispatch.is_small = "auto", lambda input: False
+    backends.BACKEND, dispatch.is_small = "auto", lambda input: False
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=PROCESSES)
     try:
         found = {name: work(rank) for name, work in WORK.items()}
@@ -222,11 +222,11 @@ def errors_of_distributed_tensors(rank):
 
 
 needs_cpu_sharding = pytest.mark.skipif(TORCH < (2, 7), reason="this PyTorch's fully_shard needs a GPU")
-needs_recent = pytest.mark.skipif(not dispatch.RECENT, reason="DTensor logits need PyTorch 2.12")
+needs_recent = pytest.mark.skipif(not backends.RECENT, reason="DTensor logits need PyTorch 2.12")
 WORK = {
     "DDP": data_parallel,
     **({} if TORCH < (2, 7) else {"FSDP": fully_sharded}),
-    **({"DTensor": distributed_tensors} if dispatch.RECENT else {}),
+    **({"DTensor": distributed_tensors} if backends.RECENT else {}),
     **({} if TORCH < (2, 13) else {"DTensor, compiled": compiled_distributed_tensors}),
     "DTensor, classes": sharded_classes,
     "DTensor, errors": errors_of_distributed_tensors,
@@ -291,7 +291,7 @@ def test_errors_of_distributed_tensors(found, name, error):
 
 
 @distributed
-@pytest.mark.skipif(dispatch.RECENT, reason="this PyTorch has all that DTensor logits need")
+@pytest.mark.skipif(backends.RECENT, reason="this PyTorch has all that DTensor logits need")
 def test_distributed_tensors_of_older_pytorch(found):
     assert re.match("NotImplementedError: DTensor logits need PyTorch 2.12", found["DTensor, errors"]["weights"])
 

@@ -1,9 +1,11 @@
 """The custom autograd Function: what is saved, what backward returns.
 
-An implementation is a module with two functions (see `cpu`, and `problem` for what goes in and out):
+An implementation is a module with a function that makes a setup for all calls that are alike (see `cpu`, and `problem`
+for what goes in and out):
 
-    made = forward(problem, tensors, wanted, expected)
-    gradient, slope, seen = backward(problem, tensors, wanted, made, upstream, expected)
+    setup = setup_for(problem, tensors, wanted)
+    made = setup.forward(tensors, expected)
+    gradient, slope, seen = setup.backward(tensors, made, upstream, expected)
 
 Forward makes the gradient for the upstream gradient of the loss that is expected: the one that the last backward saw,
 at first 1; and for none of the statistics. That is right for `loss.backward()`, and from the second step on for
@@ -23,12 +25,11 @@ the upstream gradient over the one that was expected, and hands it out once.
 import dataclasses
 import functools
 import weakref
-from typing import NamedTuple
 
 import torch
 
 from . import reference
-from .problem import Made, Problem, Tensors, Upstream, Wanted
+from .problem import Made, Tensors, Upstream, Wanted
 
 
 class Expectation:
@@ -58,14 +59,13 @@ def queue(input):
         return input.device
     if torch.cuda.is_current_stream_capturing():
         return None
-    return input.device, torch.cuda.current_stream(input.device).cuda_stream
+    return input.device, torch._C._cuda_getCurrentRawStream(input.device.index)
 
 
-def expectation(owner, problem, device):
-    """That of a module or, without one, of all calls with the same options on the same device."""
-    if owner is None:
-        return shared_expectation(problem, device)
-    return _expectations.setdefault(owner, Expectation())
+def expectation_of(owner):
+    """That of a module."""
+    found = _expectations.get(owner)
+    return _expectations.setdefault(owner, Expectation()) if found is None else found
 
 
 # Beside the modules, not in them: a copied or pickled module is what torch.nn.CrossEntropyLoss would be.
@@ -74,36 +74,41 @@ _expectations = weakref.WeakKeyDictionary()
 
 @functools.lru_cache(maxsize=256)
 def shared_expectation(problem, device):
+    """That of all calls without a module, with the same options on the same device."""
     return Expectation()
 
 
-def is_batched(*upstream):
+def is_batched(upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     legacy = torch._C._functorch.is_legacy_batchedtensor
-    return torch._C._are_functorch_transforms_active() or any(legacy(up) for up in upstream if up is not None)
+    return any([legacy(up) for up in upstream if up is not None])
 
 
-class Call(NamedTuple):
-    """What belongs to a loss besides its tensors."""
+class Loss:
+    """All losses that are alike but for the values in their tensors: what they have besides these."""
 
-    problem: Problem
-    implementation: object
-    expectation: Expectation
+    def __init__(self, implementation, problem, tensors):
+        needed = Tensors(*[tensor is not None and tensor.requires_grad for tensor in tensors])
+        self.recorded = torch.is_grad_enabled() and any(needed)
+        if problem.inplace and not (self.recorded and needed.input):
+            problem = dataclasses.replace(problem, inplace=False)
+        self.problem = problem
+        self.setup = implementation.setup_for(problem, tensors, wanted(needed) if self.recorded else Wanted())
+        self.expectation = shared_expectation(problem, tensors.input.device)  # of calls without a module
+        self.only_input = not (needed.sample_weight or needed.logit_scale)
 
-
-def apply(implementation, problem, tensors, expectation):
-    """The loss and a tuple of statistics through `implementation`, recorded for autograd where a tensor asks for it."""
-    recorded = torch.is_grad_enabled()
-    if problem.inplace and not (recorded and tensors.input.requires_grad):
-        problem = dataclasses.replace(problem, inplace=False)
-    if not recorded or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        made = implementation.forward(problem, tensors, Wanted(), None)
-        return made.loss, made.stats
-    loss, *stats = CrossEntropy.apply(Call(problem, implementation, expectation), *tensors)
-    if problem.inplace:
-        Overwritten.apply(tensors.input)
-        loss.grad_fn.version = tensors.input._version
-    return loss, stats
+    def __call__(self, owner, tensors):
+        """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it."""
+        if not self.recorded:
+            return self.setup.forward(tensors, None)[:2]
+        expectation = self.expectation if owner is None else expectation_of(owner)
+        loss, *stats = record(self, expectation, *tensors)
+        if self.problem.inplace:
+            Overwritten.apply(tensors.input)
+            loss.grad_fn.version = tensors.input._version
+        return loss, stats
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -114,37 +119,51 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, *tensors):
-        problem, tensors = call.problem, Tensors(*tensors)
-        ctx.wanted = wanted(Tensors(*ctx.needs_input_grad[1:]))
-        ctx.expected = call.expectation.get(tensors.input)
+    def forward(ctx, loss, expectation, *tensors):
+        problem, tensors = loss.problem, Tensors(*tensors)
+        expected = expectation.get(tensors.input)
         if problem.inplace:
-            ctx.expected = divisor(ctx.expected)
-        made = call.implementation.forward(problem, tensors, ctx.wanted, ctx.expected)
+            expected = divisor(expected)
+        made = loss.setup.forward(tensors, expected)
         saved = tensors._replace(input=None) if problem.inplace else tensors
         ctx.save_for_backward(*saved, made.losses, made.normalizer, made.summary)
-        ctx.call, ctx.setup, ctx.made, ctx.slope = call, made.setup, made.gradient, made.slope
+        ctx.call, ctx.expectation, ctx.expected = loss, expectation, expected
+        ctx.made, ctx.slope = made.gradient, made.slope
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*flat(problem, made.stats))
+        if made.stats:
+            ctx.mark_non_differentiable(*flat(problem, made.stats))
         return made.loss, *made.stats
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        problem = ctx.call.problem
+        problem, setup = ctx.call.problem, ctx.call.setup
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
-            return (None,) * (1 + len(Tensors._fields))
+            return NO_GRADIENTS
         *tensors, losses, normalizer, summary = ctx.saved_tensors
         tensors = Tensors(*tensors)
-        made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary, ctx.setup)
         plain = must_be_plain(upstream)
         if problem.inplace:
             refuse(ctx, plain, upstream)
-        needed = Tensors(*ctx.needs_input_grad[1:])
+        needed = ctx.needs_input_grad[2:]
         if plain:
-            return None, *differentiable_gradients(problem, tensors, needed, upstream)
-        ctx.made = ctx.slope = None
-        return None, *gradients(ctx, tensors, needed, made, upstream)
+            return None, None, *differentiable_gradients(problem, tensors, Tensors(*needed), upstream)
+        gradient = slope = None
+        if setup.wanted.gradient:
+            made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
+            ctx.made = ctx.slope = None
+            gradient, slope, seen = setup.backward(tensors, made, upstream, ctx.expected)
+            if seen is not None:
+                ctx.expectation.note(seen, gradient)
+        if ctx.call.only_input:
+            return None, None, gradient, *NO_GRADIENTS[3:]
+        return None, None, *gradients(problem, tensors, Tensors(*needed), gradient, slope, losses, upstream)
+
+
+NO_GRADIENTS = (None,) * (2 + len(Tensors._fields))
+
+# torch.autograd.Function.apply without what it does for tensors under torch.func, which never come here.
+record = super(torch.autograd.Function, CrossEntropy).apply
 
 
 def wanted(needed):
@@ -159,6 +178,8 @@ def flat(problem, stats):
 
 def upstream_of(problem, loss, stats):
     """The gradients that come of the loss and of each of the statistics, as `Upstream`."""
+    if not stats:
+        return Upstream(loss)
     return Upstream(
         loss, **{name: up for name, up in zip(problem.stats, stats, strict=True) if name in Upstream._fields}
     )
@@ -166,19 +187,14 @@ def upstream_of(problem, loss, stats):
 
 def must_be_plain(upstream):
     """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be."""
-    return torch.is_grad_enabled() or is_batched(*upstream)
+    return torch.is_grad_enabled() or is_batched(upstream)
 
 
-def gradients(ctx, tensors, needed, made, upstream):
+def gradients(problem, tensors, needed, gradient, slope, losses, upstream):
     """The gradients of all tensors, as `Tensors`."""
-    problem, implementation, expectation = ctx.call
-    gradient = slope = weight = None
-    if ctx.wanted.gradient:
-        gradient, slope, seen = implementation.backward(problem, tensors, ctx.wanted, made, upstream, ctx.expected)
-        if seen is not None:
-            expectation.note(seen, gradient)
+    weight = None
     if needed.sample_weight and upstream.loss is not None:
-        weight = sample_weight_gradient(problem, tensors, made.losses, upstream.loss)
+        weight = sample_weight_gradient(problem, tensors, losses, upstream.loss)
     return Tensors(
         gradient if needed.input else None,
         None,

@@ -22,7 +22,7 @@ import torch
 from . import checks
 from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
-from .problem import NUMBERS, Made, Upstream, number
+from .problem import NUMBERS, Made, Problem, Upstream, Wanted, number
 from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
@@ -73,6 +73,23 @@ def backward(problem, tensors, wanted, made, upstream, expected):
     gradient = made.gradient if ahead else rows.gradient_memory()
     _, _, slope = rows.walk(gradient, upstream, wanted.slope)
     return gradient, slope, seen
+
+
+class Setup(NamedTuple):
+    """The two passes of all calls that are alike."""
+
+    problem: Problem
+    wanted: Wanted
+
+    def forward(self, tensors, expected):
+        return forward(self.problem, tensors, self.wanted, expected)
+
+    def backward(self, tensors, made, upstream, expected):
+        return backward(self.problem, tensors, self.wanted, made, upstream, expected)
+
+
+def setup_for(problem, tensors, wanted):
+    return Setup(problem, wanted)
 
 
 def traffic(problem, tensors, want_gradient):

@@ -1,4 +1,4 @@
-"""Which implementation takes a call, and why.
+"""Who takes a call, and why: the one place where that is decided.
 
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
@@ -7,27 +7,25 @@
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
-Before that, `xent_ext.sharded` makes of a `DTensor` the shard that is here.
+`xent_ext.backends` says what overrides this. Before it, `xent_ext.sharded` makes of a `DTensor` the shard that is here.
 
-`XENT_EXT_BACKEND`, read when the package is imported, overrides this: `torch` gives every call to PyTorch,
-`triton` gives CPU tensors to the Triton kernels too (under Triton's interpreter, or a driver that runs on the
-CPU). `XENT_EXT_CHECK=1` has class indices checked on every device, at the price of a synchronisation.
+A call that is like one that was seen before, in all but the values in its tensors, finds by one key all that was found
+for that: that its arguments are right, and a `Loss`, with its launches.
 """
 
-import functools
-import importlib
-import importlib.util
-import os
-
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.nn._reduction import get_enum
 
-BACKENDS = ("auto", "triton", "torch")
-BACKEND = os.environ.get("XENT_EXT_BACKEND", "auto")
-if BACKEND not in BACKENDS:
-    raise ValueError(f"XENT_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {BACKEND!r}")
+from . import autograd, backends, checks, ops, reference
+from .backends import HAS_TRITON, implementation
+from .call import Arguments, is_autocast, prepare, problem_of, statistics, tensors_of
+from .problem import Tensors
 
-CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
+# Kept here, so that what stands under this name later does not matter.
+torch_cross_entropy = F.cross_entropy
+_REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
 
 # On a CPU PyTorch's own, a few operators over everything, beats many over blocks while all stays in cache. Measured
 # on two cores of an AMD EPYC, forward and backward; by number of logits:
@@ -37,39 +35,187 @@ SMALL_HALF_ROWS = 3 << 20  # ... for (N, C) in float16 and bfloat16, which block
 SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
 SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here: PyTorch's compiler can't trace the search
-
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def release(version):
-    """(major, minor) of a package's version."""
-    return tuple(int(part) for part in version.split(".")[:2])
+def cross_entropy(owner, arguments, options=None):
+    """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
+    if not backends.RECENT and torch.compiler.is_compiling():
+        return torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, arguments, options)
+    if is_distributed(arguments.input) and backends.BACKEND != "torch":
+        from . import sharded  # which imports torch.distributed.tensor
+
+        shards = sharded.Shards(arguments, options)
+        return shards.whole(local(owner, shards.arguments, shards.options))
+    return local(owner, arguments, options)
 
 
-# Before 2.12 PyTorch's compiler can't trace what is decided here and in `functional`: it fails at frozen dataclasses,
-# and at the questions whether there is autocast and whether sizes depend on data. And with 2.6 the gradients of a
-# DTensor's shards were found wrong; which release mended them is not known.
-RECENT = release(torch.__version__) >= (2, 12)
-
-is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in PyTorch 2.7
+# Breaks a graph that can't have it, which goes on after it.
+outside_graphs = cross_entropy if backends.RECENT else torch.compiler.disable(cross_entropy)
 
 
-@functools.cache
-def implementation(name):
-    """The module that implements `forward` and `backward`; Triton is imported when a call first needs it."""
-    return importlib.import_module({"cpu": "xent_ext.cpu", "triton": "xent_ext.kernels.launch"}[name])
+def local(owner, arguments, options):
+    """`cross_entropy` of what is here."""
+    if torch.compiler.is_compiling():
+        return in_graph(arguments, options)
+    if options is None and is_small(arguments.input):
+        return small(arguments)
+    key = key_of(arguments, options)
+    found = _kept.get(key)
+    if found is None:
+        arguments = Arguments(*map(unwrapped, arguments))
+        found = look_at(key, arguments, options)
+    if found is PYTORCH:
+        return torch_cross_entropy(*arguments)
+    if options is None:
+        return found(owner, Tensors(*arguments[:3]))[0]
+    return with_options(owner, found, arguments, options)
 
 
-def implementation_for(input):
-    """The module for these logits, where `route` has let the call pass."""
-    return implementation("triton" if input.is_cuda or BACKEND == "triton" else "cpu")
+def in_graph(arguments, options):
+    """`cross_entropy` in a graph that is being compiled."""
+    if options is None and any(has_unknown_size(tensor) for tensor in arguments[:2]):
+        return torch_cross_entropy(*arguments)
+    problem, tensors = prepare(arguments, options)
+    name, _ = route(tensors, options is not None)
+    if name == "torch":
+        return torch_cross_entropy(*arguments)
+    loss, stats = (reference.compute if name == "plain" else ops.loss)(problem, tensors)
+    return with_statistics(problem, tensors, options, loss, stats)
+
+
+def small(arguments):
+    """PyTorch's own, with clearer errors."""
+    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing = arguments
+    try:
+        if size_average is reduce is None and reduction in _REDUCTIONS:
+            # All that F.cross_entropy does, without another call: few logits take few microseconds.
+            return torch._C._nn.cross_entropy_loss(
+                input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
+            )
+        return torch_cross_entropy(*arguments)
+    except Exception:
+        check_values(*prepare(arguments, None))  # raises the same, said more clearly
+        raise
+
+
+def with_options(owner, found, arguments, options):
+    problem = problem_of(arguments, options) if found is FORMULA else found.problem
+    tensors = Tensors(*map(unwrapped, tensors_of(problem, arguments, options)))
+    try:
+        loss, stats = reference.compute(problem, tensors) if found is FORMULA else found(owner, tensors)
+    except Exception:
+        check_values(problem, tensors)  # the plain formula does not say which class index is wrong
+        raise
+    return with_statistics(problem, tensors, options, loss, stats)
+
+
+def with_statistics(problem, tensors, options, loss, stats):
+    """The loss, with its statistics where they are asked for."""
+    if options is None or not options.return_stats:
+        return loss
+    return loss, statistics(options.return_stats, problem, tensors.target, dict(zip(problem.stats, stats, strict=True)))
+
+
+def check_values(problem, tensors):
+    """Raise IndexError for a class index out of range."""
+    checks.bad_class(problem, tensors)
+
+
+# --- What is kept from call to call
+
+PYTORCH, FORMULA = "PyTorch's own", "the plain formula"  # in place of a `Loss`
+MOST_KEPT = 1024
+_kept = {}  # a `Loss` or one of these two, by the key of the calls that it is for
+
+
+def forget():
+    """For those who change what plans are made of: no call finds what was found for an earlier one."""
+    _kept.clear()
+
+
+def look_at(key, arguments, options):
+    """Check a call, and find who takes it."""
+    problem, tensors = prepare(arguments, options)
+    name, _ = route(tensors, options is not None)
+    if backends.CHECK and name != "torch":
+        check_values(problem, tensors)
+    if name in ("torch", "plain"):
+        found = PYTORCH if name == "torch" else FORMULA
+    else:
+        found = autograd.Loss(implementation(name), problem, tensors)
+    if key is not None and not backends.is_capturing():
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        _kept[key] = found
+    return found
+
+
+def key_of(arguments, options):
+    """All that `look_at` depends on, or None for calls where it would be too much."""
+    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing = arguments
+    if (
+        size_average is not None
+        or reduce is not None
+        or type(reduction) is not str  # True equals 1, and has its hash
+        or type(ignore_index) is not int
+        or type(label_smoothing) is not float
+        or backends.CHECK
+        or unsupported_here()
+    ):
+        return None
+    try:
+        return (
+            reduction, ignore_index, label_smoothing, backends.BACKEND, torch.is_grad_enabled(),
+            torch._C._is_any_autocast_enabled() and is_autocast(input),
+            facts(input), facts(target), None if weight is None else facts(weight),
+            None if options is None else key_of_options(options),
+        )  # fmt: skip
+    except Unkept:
+        return None
+
+
+class Unkept(Exception):
+    """Nothing is kept for this call."""
+
+
+def key_of_options(options):
+    """What of `Options` the outcome depends on; lists are read anew in each call, and so is what is overwritten."""
+    key = tuple([facts(value) if isinstance(value, torch.Tensor) else (type(value), value) for value in options])
+    try:
+        hash(key)
+    except TypeError:
+        raise Unkept from None
+    if options.inplace:
+        raise Unkept
+    return key
+
+
+def facts(tensor):
+    """What of a tensor the outcome depends on."""
+    if type(tensor) not in PLAIN:
+        raise Unkept
+    try:
+        return (
+            tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16, tensor.requires_grad,
+            tensor.is_neg(),
+        )  # fmt: skip
+    except RuntimeError:  # it has no strides or no memory
+        raise Unkept from None
+
+
+def unwrapped(tensor):
+    """The tensor that one stands for that has left a torch.func transform."""
+    return torch._C._functorch.unwrap_if_dead(tensor) if isinstance(tensor, torch.Tensor) else tensor
+
+
+# --- Who takes it
 
 
 def is_small(input):
     """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
-    if BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
+    if backends.BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
     if torch.compiler.is_compiling():
         return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
@@ -84,18 +230,13 @@ def is_small(input):
 
 def has_unknown_size(tensor):
     """Whether a size in a graph depends on data, as that of `logits[mask]` does: nothing can be asked about it."""
-    return torch.fx.experimental.symbolic_shapes.has_free_unbacked_symbols(tensor)
+    return isinstance(tensor, torch.Tensor) and torch.fx.experimental.symbolic_shapes.has_free_unbacked_symbols(tensor)
 
 
 def is_distributed(tensor):
     """Whether this is a `DTensor`."""
     module = None if type(tensor) in PLAIN else getattr(torch.distributed, "tensor", None)  # imported if there are any
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-def is_autocast(input):
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def route(tensors, with_options):
@@ -107,11 +248,11 @@ def route(tensors, with_options):
 def supported_route(tensors, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     input = tensors.input
-    if BACKEND == "torch":
+    if backends.BACKEND == "torch":
         return "torch", "XENT_EXT_BACKEND=torch"
     if reason := unsupported(tensors):
         return "torch", reason
-    if input.is_cuda or BACKEND == "triton":
+    if input.is_cuda or backends.BACKEND == "triton":
         if not HAS_TRITON:
             return "torch", "Triton is not installed"
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
@@ -157,6 +298,6 @@ def unsupported_here():
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if is_exporting():
+    if torch.compiler.is_exporting():
         return "torch.export makes a program that may run where this package is not"
     return None

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import dispatch
-from .functional import Options, prepare
+from . import backends, dispatch
+from .call import Arguments, Options, prepare
 from .plan import Traffic
 
 
@@ -51,13 +51,14 @@ def explain(
     """
     if dispatch.is_distributed(input):
         raise TypeError("explain takes the tensors of one shard, not a DTensor: input.to_local(), ...")
-    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     options = Options.that_differ(**options)
-    name, reason, problem, tensors = prepare(Options(**options) if options else None, *arguments)
+    problem, tensors = prepare(arguments, Options(**options) if options else None)
+    name, reason = dispatch.route(tensors, bool(options))
     traffic = None
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad
-        traffic = dispatch.implementation(name).traffic(problem, tensors, want_gradient)
+        traffic = backends.implementation(name).traffic(problem, tensors, want_gradient)
     explanation = Explanation(name, reason, traffic)
     print(explanation)
     return explanation

@@ -1,46 +1,13 @@
 """The public functions: arguments, defaults, docstrings."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.nn._reduction import get_enum
-from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import autograd, checks, dispatch, ops, reference
-from .layout import batch_shape
-from .problem import CrossEntropyStats, Problem, Tensors
-
-# Kept here, so that what stands under this name later does not matter.
-_torch_cross_entropy = F.cross_entropy
-_REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
-
-
-class Options(NamedTuple):
-    """The options for training, as they are given."""
-
-    dtype: torch.dtype | None = None
-    logit_scale: float | torch.Tensor = 1.0
-    softcap: float | None = None
-    z_loss: float = 0.0
-    sample_weight: torch.Tensor | None = None
-    normalizer: float | torch.Tensor | None = None
-    on_all_ignored: str = "nan"
-    inplace: bool = False
-    return_stats: bool | Sequence[str] = False
-    shift: bool = False
-
-    @classmethod
-    def that_differ(cls, **options):
-        """Those of the options that are not what they are by default, as a dictionary."""
-        defaults = cls._field_defaults
-        return {
-            name: value
-            for name, value in options.items()
-            if name not in defaults or isinstance(value, torch.Tensor) or value != defaults[name]
-        }
+from . import dispatch
+from .call import Arguments, Options
+from .problem import CrossEntropyStats
 
 
 def cross_entropy(
@@ -141,189 +108,27 @@ def cross_entropy(
         options = Options(
             dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats, shift
         )
-    return fused(None, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    arguments = Arguments(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
+    if is_overridden(arguments, options):
+        return overridden(arguments, options)
+    return dispatch.cross_entropy(None, arguments, options)
 
 
 # TorchScript, which knows neither arguments by keyword alone nor autograd functions, compiles this in its place.
-cross_entropy.__prepare_scriptable__ = lambda: _torch_cross_entropy
+cross_entropy.__prepare_scriptable__ = lambda: dispatch.torch_cross_entropy
 
 
-def fused(owner, options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
-    """`cross_entropy`, for the module `owner` or for none, with `Options` or None."""
-    arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if not dispatch.RECENT and torch.compiler.is_compiling():
-        return _torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, options, *arguments)
-    if dispatch.is_distributed(input) and dispatch.BACKEND != "torch":
-        from . import sharded  # which imports torch.distributed.tensor
-
-        return sharded.cross_entropy(owner, options, *arguments)
+def is_overridden(arguments, options):
+    """Whether `__torch_function__` of one of the tensors, or a mode, is to be asked."""
+    tensors = arguments[:3]
     if options is not None:
-        return with_options(owner, options, *arguments)
-    if torch.compiler.is_compiling():
-        if any(isinstance(tensor, torch.Tensor) and dispatch.has_unknown_size(tensor) for tensor in (input, target)):
-            return _torch_cross_entropy(*arguments)
-        name, _, problem, tensors = prepare(None, *arguments)
-        return _torch_cross_entropy(*arguments) if name == "torch" else ops.loss(problem, tensors)[0]
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
-    if dispatch.is_small(input):
-        try:
-            if size_average is reduce is None and reduction in _REDUCTIONS:
-                # All that F.cross_entropy does, without another call: few logits take few microseconds.
-                return torch._C._nn.cross_entropy_loss(
-                    input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-                )
-            return _torch_cross_entropy(*arguments)
-        except Exception:
-            prepare(None, *arguments, check_values=True)  # raises the same, said more clearly
-            raise
-    name, problem = checked(*arguments)
-    if name == "torch":
-        return _torch_cross_entropy(*arguments)
-    return run(owner, name, problem, Tensors(input, target, weight))[0]
+        return has_torch_function((*tensors, options.sample_weight, options.normalizer, options.logit_scale))
+    return has_torch_function(tensors) and not torch.compiler.is_compiling()
 
 
-# Breaks a graph that can't have it, which goes on after it.
-outside_graphs = fused if dispatch.RECENT else torch.compiler.disable(fused)
-
-
-def with_options(owner, options, *arguments):
-    """`fused`, where some option for training is given."""
-    relevant = (*arguments[:3], options.sample_weight, options.normalizer, options.logit_scale)
-    if has_torch_function(relevant):
-        return handle_torch_function(cross_entropy, relevant, *arguments, **options._asdict())
-    name, _, problem, tensors = prepare(options, *arguments)
-    if torch.compiler.is_compiling():
-        loss, stats = (reference.compute if name == "plain" else ops.loss)(problem, tensors)
-    else:
-        try:
-            loss, stats = reference.compute(problem, tensors) if name == "plain" else run(owner, name, problem, tensors)
-        except Exception:
-            prepare(options, *arguments, check_values=True)  # the plain formula does not say which class index is wrong
-            raise
-    if not options.return_stats:
-        return loss
-    return loss, statistics(options.return_stats, problem, tensors.target, dict(zip(problem.stats, stats, strict=True)))
-
-
-def run(owner, name, problem, tensors):
-    """The loss, and a tuple of `problem.stats`, by the implementation `name`."""
-    expectation = autograd.expectation(owner, problem, tensors.input.device)
-    return autograd.apply(dispatch.implementation(name), problem, tensors, expectation)
-
-
-def statistics(names, problem, target, found):
-    """`CrossEntropyStats` with those that are asked for, of those found by row."""
-    names = checks.stat_names(names)
-    if "accuracy" in names:
-        correct = found["correct"]
-        counted = correct.numel() if problem.probabilities else (target.long() != problem.ignore_index).sum()
-        found["accuracy"] = correct.sum() / counted
-    return CrossEntropyStats(**{name: found[name] for name in names})
-
-
-def checked(*arguments):
-    """The name of a call's implementation, and its Problem. Calls without options that are alike are checked once."""
-    key = signature(*arguments)
-    if key not in _checked:
-        name, _, problem, _ = prepare(None, *arguments)
-        if key is None:
-            return name, problem
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked[key] = name, problem
-    return _checked[key]
-
-
-_checked = {}  # by signature
-_MOST_CHECKED = 1024
-
-
-def signature(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
-    """All that the outcome of `prepare` depends on, or None for calls where it would be too much."""
-    tensors = (input, target) if weight is None else (input, target, weight)
-    if (
-        not size_average is reduce is None
-        or not (type(reduction) is str and type(ignore_index) is int and type(label_smoothing) is float)
-        or any(type(tensor) not in dispatch.PLAIN for tensor in tensors)
-        or dispatch.CHECK
-        or dispatch.unsupported_here()
-    ):
-        return None
-    return (
-        reduction, ignore_index, label_smoothing,
-        dispatch.BACKEND, torch.is_grad_enabled(), dispatch.is_autocast(input),
-        *[(t.shape, t.dtype, t.device, t.layout, t.requires_grad, t.is_neg()) for t in tensors],
-    )  # fmt: skip
-
-
-def prepare(options, *arguments, check_values=False):
-    """Check a call's arguments; return the name of its implementation, the reason for it, Problem and Tensors."""
-    problem, tensors = describe(options, *arguments)
-    name, reason = dispatch.route(tensors, options is not None)
-    check_values = check_values or (dispatch.CHECK and name != "torch" and not torch.compiler.is_compiling())
-    if check_values:
-        checks.bad_class(problem, tensors)
-    return name, reason, problem, tensors
-
-
-def describe(options, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
-    """Check a call's arguments, and return what it asks for as Problem and Tensors."""
-    reduction = checks.reduction_name(size_average, reduce, reduction)
-    ignore_index = checks.integer_ignore_index(ignore_index)
-    label_smoothing = checks.smoothing_value(label_smoothing)
-    if options is not None:
-        checks.check_options(options, reduction)
-    autocast = isinstance(input, torch.Tensor) and dispatch.is_autocast(input)
-    dtype, seen, sample_weight = None, input, None
-    if options is not None:
-        dtype, sample_weight = options.dtype, options.sample_weight
-        if options.shift:
-            checks.check_shift(input, target, sample_weight)
-            seen, target, sample_weight = shifted(input, target, sample_weight)
-    checks.check_tensors(seen, target, weight, ignore_index, label_smoothing, autocast=autocast, dtype=dtype)
-    problem = Problem(
-        probabilities=seen.shape == target.shape,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        dtype=reference.result_dtype(seen, target, weight, autocast, dtype),
-    )
-    tensors = Tensors(input, target, weight)
-    if options is None:
-        return problem, tensors
-    checks.check_option_tensors(options, input, seen, target, sample_weight)
-    return with_options_filled_in(problem, tensors, options, batch_shape(seen.shape), sample_weight)
-
-
-def shifted(input, target, sample_weight):
-    """The logits of all positions but the last, (B, C, T - 1), with what belongs to the position after each."""
-    target = target[:, 1:]
-    if target.dim() == input.dim():
-        target = target.transpose(1, 2)
-    return input[:, :-1].transpose(1, 2), target, None if sample_weight is None else sample_weight[:, 1:]
-
-
-def with_options_filled_in(problem, tensors, options, batch, sample_weight):
-    acc, device = reference.accumulation_dtype(problem.dtype), tensors.input.device
-    scale, normalizer = options.logit_scale, options.normalizer
-    scale_is_tensor = isinstance(scale, torch.Tensor)
-    if normalizer is not None and not isinstance(normalizer, torch.Tensor):
-        normalizer = ops.scalar(normalizer, acc, device)
-    names = checks.stat_names(options.return_stats)
-    problem = dataclasses.replace(
-        problem,
-        logit_scale=1.0 if scale_is_tensor else float(scale),
-        softcap=None if options.softcap is None else float(options.softcap),
-        z_loss=float(options.z_loss),
-        on_all_ignored=options.on_all_ignored,
-        shift=options.shift,
-        inplace=options.inplace,
-        stats=tuple(name for name in reference.STATS if name in names or (name == "correct" and "accuracy" in names)),
-    )
-    tensors = tensors._replace(
-        sample_weight=None if sample_weight is None else sample_weight.reshape(batch).to(acc),
-        normalizer=None if normalizer is None else normalizer.to(acc),
-        logit_scale=scale.to(acc) if scale_is_tensor else None,
-    )
-    return problem, tensors
+def overridden(arguments, options):
+    """What that gives."""
+    tensors, options = arguments[:3], {} if options is None else options._asdict()
+    return handle_torch_function(cross_entropy, (*tensors, *options.values()), *arguments, **options)

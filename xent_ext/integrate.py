@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.jit import is_scripting
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .dispatch import PLAIN, is_distributed
-from .functional import _torch_cross_entropy, fused
+from . import dispatch
+from .call import Arguments
+from .dispatch import PLAIN, is_distributed, torch_cross_entropy
 
 
 def install():
@@ -68,18 +69,18 @@ def cross_entropy(
 ) -> torch.Tensor:
     """`torch.nn.functional.cross_entropy`, as `xent_ext.install` put it here: `xent_ext.uninstall` takes it away."""
     if is_scripting():
-        return _torch_cross_entropy(
+        return torch_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     if is_distributed(input):  # also within `loss_parallel`, and sharded in any way
-        return _torch_cross_entropy(
+        return torch_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
         # Subclasses may know PyTorch's function only; a mode, a default device for one, calls what it is given.
         subclass = any(tensor is not None and type(tensor) not in PLAIN for tensor in (input, target, weight))
         return handle_torch_function(
-            _torch_cross_entropy if subclass else cross_entropy,
+            torch_cross_entropy if subclass else cross_entropy,
             (input, target, weight),
             input,
             target,
@@ -90,7 +91,9 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    return fused(None, None, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    return dispatch.cross_entropy(
+        None, Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    )
 
 
 _lock = threading.Lock()
@@ -106,11 +109,11 @@ def _update(forever=None, blocks=0):
         _forever = _forever if forever is None else forever
         _blocks += blocks
         wanted, present = _forever or _blocks > 0, F.cross_entropy is cross_entropy
-        if wanted and not present and (_replaced is None or F.cross_entropy is _torch_cross_entropy):
+        if wanted and not present and (_replaced is None or F.cross_entropy is torch_cross_entropy):
             _replaced, F.cross_entropy = F.cross_entropy, cross_entropy
         elif not wanted:
             if present:
-                F.cross_entropy = _replaced or _torch_cross_entropy
+                F.cross_entropy = _replaced or torch_cross_entropy
             elif _replaced is not None and F.cross_entropy is not _replaced:
                 warnings.warn(
                     f"torch.nn.functional.cross_entropy was replaced by {F.cross_entropy!r} while xent_ext was "

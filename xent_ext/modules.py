@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .functional import Options, fused
+from . import dispatch, functional
+from .call import Arguments, Options
 from .problem import CrossEntropyStats
 
 
@@ -81,15 +82,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             options = Options(**self.options or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
             if logit_scale is not None:
                 options = options._replace(logit_scale=logit_scale)
-        return fused(
-            self,
-            options,
-            input,
-            target,
-            self.weight,
-            None,
-            self.ignore_index,
-            None,
-            self.reduction,
-            self.label_smoothing,
+        arguments = Arguments(
+            input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
         )
+        if functional.is_overridden(arguments, options):
+            return functional.overridden(arguments, options)
+        return dispatch.cross_entropy(self, arguments, options)

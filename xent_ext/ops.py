@@ -16,9 +16,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import autograd, checks, dispatch
+from . import autograd, backends, checks
 from .layout import batch_shape, gradient_stride, visible
-from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted
+from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, scalar
 from .reference import accumulation_dtype
 
 _TYPES = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
@@ -47,14 +47,6 @@ def arguments(problem, tensors):
     return *tensors, *(getattr(problem, name) for name in _OPTIONS)
 
 
-def scalar(value, dtype, device):
-    """A number as a 0-dim tensor."""
-    if torch.compiler.is_compiling():
-        # A number that is given to `torch.full`, or to an operator, is a constant: each would have its own graph.
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def call(arguments):
     """What `arguments` was made from."""
     count = len(Tensors._fields)
@@ -65,9 +57,9 @@ def call(arguments):
 @torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor[])")
 def forward(*arguments):
     problem, tensors = call(arguments)
-    if dispatch.CHECK:
+    if backends.CHECK:
         checks.bad_class(problem, tensors)
-    made = dispatch.implementation_for(tensors.input).forward(problem, tensors, Wanted(), None)
+    made = backends.implementation_for(tensors.input).setup_for(problem, tensors, Wanted()).forward(tensors, None)
     return made.loss, [stat.clone() for stat in made.stats]  # what an operator returns must not share memory
 
 
@@ -99,10 +91,11 @@ def backward(*arguments):
 
 def made_for(upstream, problem, tensors, wanted):
     """What the forward pass makes, with gradient and slope for these upstream gradients."""
-    implementation = dispatch.implementation_for(tensors.input)
+    setup_for = backends.implementation_for(tensors.input).setup_for
     if upstream.has_stats() and wanted.gradient:
-        made = implementation.forward(problem, tensors, wanted, None)
-        gradient, slope, _ = implementation.backward(problem, tensors, wanted, made, upstream, None)
+        setup = setup_for(problem, tensors, wanted)
+        made = setup.forward(tensors, None)
+        gradient, slope, _ = setup.backward(tensors, made, upstream, None)
         return made._replace(gradient=gradient, slope=slope)
     # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
     problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
@@ -111,7 +104,7 @@ def made_for(upstream, problem, tensors, wanted):
         factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
         problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
         expected = None
-    return implementation.forward(problem, tensors, wanted, expected)
+    return setup_for(problem, tensors, wanted).forward(tensors, expected)
 
 
 def in_order_of(tensor, gradient):

@@ -48,6 +48,14 @@ def number(name, problem, tensors):
     return getattr(problem, name) if tensor is None else tensor
 
 
+def scalar(value, dtype, device):
+    """A number as a 0-dim tensor."""
+    if torch.compiler.is_compiling():
+        # A number that is given to `torch.full`, or to an operator, is a constant: each would have its own graph.
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 class Wanted(NamedTuple):
     """What is to be made besides the loss and the statistics."""
 
@@ -64,9 +72,8 @@ class Made(NamedTuple):
     gradient: Tensor | None = None  # of the shape of the input; for the upstream gradient that was expected
     slope: Tensor | None = None  # made with `gradient`: for each row, in any shape, sum_c dL/dz_c * dz_c/dlogit_scale
     losses: Tensor | None = None  # row losses before `sample_weight` and the reduction
-    normalizer: Tensor | None = None  # the implementation's own, which its backward gets again
+    normalizer: Tensor | None = None  # the implementation's own, which its backward gets again; as is the summary
     summary: Tensor | None = None
-    setup: object = None  # its own, too: no tensor
 
 
 class Upstream(NamedTuple):
