@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import xent_ext
-from xent_ext import backends
+from xent_ext import backends, dispatch
 
 from . import machine, report
 from .case import Timed, absence
@@ -94,15 +94,40 @@ def stubbed_calls(case: Case, factor: float, seconds: float) -> tuple[list[float
     return times
 
 
-def no_launch(kernel, grid):
-    return lambda *args, **kwargs: None
+class NoDriver:
+    """In the place of Triton's driver: a device with a stream, where launches do nothing."""
+
+    @staticmethod
+    def get_current_device():
+        return 0
+
+    @staticmethod
+    def get_current_stream(device):
+        return 0
+
+    @staticmethod
+    def launch(*arguments):
+        pass
+
+
+def launched_by_nobody(launch, kernel):
+    """What `Launch` keeps of compiled code, of none."""
+    launch.driver, launch.code, launch.run = NoDriver, (None,) * 5, NoDriver.launch
+
+
+def forget():
+    """Calls with launches that do nothing are not to be found outside, and others not inside."""
+    from xent_ext.kernels import implementation
+
+    implementation.setup.cache_clear()
+    dispatch.forget()
 
 
 @contextlib.contextmanager
 def launches_stubbed():
     """Inside, CPU tensors take the Triton path by the plan for an H100, and launching a kernel does nothing."""
     from triton.runtime import KernelInterface
-    from xent_ext.kernels import device, implementation
+    from xent_ext.kernels import device, implementation, launch
 
     def gpu(index):  # not a Mock: to call one takes longer than much of what is timed
         return device.INTERPRETED
@@ -111,8 +136,11 @@ def launches_stubbed():
         return True
 
     with (
-        mock.patch.object(KernelInterface, "__getitem__", no_launch),
+        mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **options: None),
+        mock.patch.object(launch.Launch, "keep", launched_by_nobody),
         mock.patch.multiple(backends, BACKEND="triton", CHECK=False),
         mock.patch.multiple(implementation, device_properties=gpu, clusters_work=work),
     ):
+        forget()
         yield
+    forget()

@@ -1,14 +1,14 @@
 """Triton kernels of xent_ext, imported as `xent_ext.kernels`.
 
-    arguments            what kernels are given
-    math                 the formula
-    rows, pieces         the rows of a tile and what their targets ask for; what is read of them
-    outcome              losses, statistics and gradient from a row's summary
-    saved                summaries in memory, between kernels
-    resident, streaming  walk the logits
-    gradient             makes a deferred gradient, and what is left to do for rows that were split
-    normalizer           what a mean divides by, and the sum of what the others left for each program
-    device               the GPU, as plans see it
-    launch               kernels with their numbers, launched again and again
-    setup                from the tensors of a call to launches
+arguments            what kernels are given
+math                 the formula
+rows, pieces         the rows of a tile and what their targets ask for; what is read of them
+outcome              losses, statistics and gradient from a row's summary
+saved                summaries in memory, between kernels
+resident, streaming  walk the logits
+gradient             makes a deferred gradient, and what is left to do for rows that were split
+normalizer           what a mean divides by, and the sum of what the others left for each program
+device               the GPU, as plans see it
+launch               kernels with their numbers, launched again and again
+setup                from the tensors of a call to launches
 """

@@ -8,6 +8,8 @@ compile anew for those values of a member that are 1 or that 16 divides: `batch`
 
 from typing import Any, NamedTuple
 
+from ..problem import Upstream
+
 Pointer = Any  # a tensor outside kernels
 
 
@@ -28,6 +30,7 @@ class Target(NamedTuple):
     weight: Pointer | None  # of each class; None: all ones
     sample_weight: Pointer | None  # of each row; None: all ones
     smoothing: Pointer | None  # None: 0
+    classes: int
 
 
 class Transform(NamedTuple):
@@ -45,7 +48,6 @@ class Given(NamedTuple):
     transform: Transform
     z_loss: Pointer | None  # None: 0
     inner: int
-    classes: int
     row_outer: int
     row_inner: int
 
@@ -53,7 +55,9 @@ class Given(NamedTuple):
 class Results(NamedTuple):
     """Where what is wanted of the rows goes."""
 
-    loss: Pointer | None  # of each row with PER_ROW, of the batch with WHOLE, else of each tile; None: nothing is wanted
+    loss: (
+        Pointer | None
+    )  # of each row with PER_ROW, of the batch with WHOLE, else of each tile; None: nothing is wanted
     row_losses: Pointer | None  # before they are weighted
     logprob: Pointer | None
     lse: Pointer | None
@@ -67,7 +71,7 @@ class Gradient(NamedTuple):
 
     view: View | None  # None: no gradient is wanted
     slope: Pointer | None  # of each row (see xent_ext.problem)
-    upstream: Any  # xent_ext.problem.Upstream; its `loss` is one for each row with PER_ROW, else one number
+    upstream: Upstream  # its `loss` is one for each row with PER_ROW, else one number
     normalizer: Pointer | None  # PARTS numbers, whose sum it is (see `divisor`)
     expected: Pointer | None  # the upstream gradient that the gradient is there for already; None: it is not there
     seen: Pointer | None  # where the upstream gradient is noted, for the next step to expect

@@ -28,25 +28,25 @@ def gradient(
 ):
     if gradient.expected is not None and was_expected(gradient, K):
         return
-    blocks = 1 if gradient.view is None else tl.cdiv(given.classes, K.BLOCK)
+    blocks = 1 if gradient.view is None else tl.cdiv(given.target.classes, K.BLOCK)
     turns = share_of(tiles * blocks) if K.TURNS else 1  # a constant: no loop is compiled
     for turn in range(turns):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         block = item % blocks
         rows = rows_of(item // blocks, given, ignore_index, K)
-        row = with_point(load_saved(saved, rows, batch, given.classes, K), rows)
+        row = with_point(load_saved(saved, rows, batch, given.target.classes, K), rows)
 
         if results.loss is not None:
             if block == 0:
                 store_results(results, given, rows, row, 1.0, K)
         if gradient.view is not None:
-            total = divisor(gradient.normalizer, given.target, batch, ignore_index, given.classes, K)
+            total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
             factors = factors_of(gradient, given, rows, row, total, K)
-            body = read(given, rows, body_of(rows, block * K.BLOCK, given.classes, K), K)
+            body = read(given, rows, body_of(rows, block * K.BLOCK, given.target.classes, K), K)
             slope = store_gradient(gradient, given, rows, body, factors, K)
             if K.REST > 0:
                 if block == 0:
-                    rest = read(given, rows, rest_of(rows, given.classes, K), K)
+                    rest = read(given, rows, rest_of(rows, given.target.classes, K), K)
                     slope += store_gradient(gradient, given, rows, rest, factors, K)
             if gradient.slope is not None:
                 store_rows(gradient.slope + block * batch, rows, slope)
@@ -62,9 +62,9 @@ def rescale(
     """Multiply the gradient that was made for the expected upstream gradient by what came over that."""
     if was_expected(gradient, K):
         return
-    blocks = tl.cdiv(given.classes, K.BLOCK)
+    blocks = tl.cdiv(given.target.classes, K.BLOCK)
     factor = widened(tl.load(gradient.upstream.loss), K) / tl.load(gradient.expected)
     for item in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows = rows_of(item // blocks, given, 0, K)
-        piece = read(given, rows, body_of(rows, (item % blocks) * K.BLOCK, given.classes, K), K)
+        piece = read(given, rows, body_of(rows, (item % blocks) * K.BLOCK, given.target.classes, K), K)
         store(gradient.view, rows, piece.columns, piece.x * factor, K)

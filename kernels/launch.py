@@ -1,6 +1,7 @@
 """A kernel with its grid and numbers, to be launched again and again."""
 
 import functools
+import typing
 
 import triton
 
@@ -23,8 +24,9 @@ class Launch:
         self.run = self.driver = None
 
     def __call__(self, *tensors):
-        """Launch it with the kernel's first arguments."""
+        """Launch it with the kernel's first arguments, whose tuples need no names: to make these takes longer."""
         if self.run is None:
+            tensors = named(self.kernel.fn.__annotations__, self.kernel.arg_names, tensors)
             self.keep(self.kernel[self.programs, 1, 1](*tensors, *self.numbers, **self.options))
         else:
             stream = self.driver.get_current_stream(self.driver.get_current_device())
@@ -33,8 +35,24 @@ class Launch:
     def keep(self, code):
         """Launch this code from now on, as `torch.compile` launches its own; without Triton's hooks for launches."""
         if is_reusable(code):
-            self.driver, self.code = triton.runtime.driver.active, (code.function, code.packed_metadata, None, None, None)
+            self.driver, self.code = (
+                triton.runtime.driver.active,
+                (code.function, code.packed_metadata, None, None, None),
+            )
             self.run = functools.partial(code.run, self.programs, 1, 1)  # last, as other threads look at it
+
+
+def named(annotations, names, values):
+    """Values with the tuples among them, and in these, as the named tuples that they are annotated to be."""
+    return [
+        as_annotated(annotations[name], value) if type(value) is tuple else value
+        for name, value in zip(names, values, strict=False)
+    ]
+
+
+def as_annotated(annotation, values):
+    kind, *_ = [each for each in (annotation, *typing.get_args(annotation)) if hasattr(each, "_fields")]
+    return kind(*named(kind.__annotations__, kind._fields, values))
 
 
 def is_reusable(code):

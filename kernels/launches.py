@@ -19,9 +19,7 @@ from .streaming import streaming as streaming_kernel
 
 def signatures(tensors):
     """What is known of each tensor: shape, strides, dtype, device, and where it starts, modulo 16 bytes."""
-    return tuple(
-        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
-    )
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
 
 
 def stand_in(signature):
@@ -35,13 +33,13 @@ def stand_in(signature):
 class Launches:
     """Layout, plan and launches for all calls that differ in nothing but the values in their tensors."""
 
-    def __init__(self, problem, signatures, device, schedule=None, planned=None):
+    def __init__(self, problem, wanted, signatures, device, schedule=None, planned=None):
         self.problem, self.device = problem, device
         tensors = Tensors(*map(stand_in, signatures))
         x, q, self.layout = arrange_call(problem, tensors)
-        self.x_stride, self.q_stride = x.stride(), None if q is None else q.stride()
         self.itemsize, self.acc = x.element_size(), accumulation_dtype(problem.dtype)
         self.per_row = problem.reduction == "none"
+        self.makes_gradient = wanted.gradient and not self.per_row
         # Whether the normaliser is the number, or weight, of the rows that are not ignored.
         self.counts_rows = (
             problem.reduction == "mean"
@@ -57,11 +55,16 @@ class Launches:
             or tensors.softcap is not None
             or tensors.logit_scale is not None
         )
-        read = ((x, visible(problem, tensors.input), signatures[0]), (q, tensors.target, signatures[1]))
-        self.aligned = all(
-            new is None or new.stride() != old.stride() or not start  # copies are
-            for new, old, (*_, start) in read
+        # Which of the first four tensors are copied before they are read.
+        self.copied = (
+            x.stride() != visible(problem, tensors.input).stride(),
+            not tensors.target.is_contiguous() if q is None else q.stride() != tensors.target.stride(),
+            *[tensor is not None and not tensor.is_contiguous() for tensor in tensors[2:4]],
         )
+        starts = [start for _, _, _, _, start in signatures[:2]]
+        self.aligned = not starts[0] or self.copied[0]  # copies are
+        if q is not None:
+            self.aligned &= not starts[1] or self.copied[1]
         self.plan = planned or self.usual_plan(schedule)
         # Whether one program has all rows, and makes the loss itself.
         self.whole = self.plan.schedule == "resident" and self.plan.programs == 1 and not self.per_row
@@ -73,9 +76,7 @@ class Launches:
         return self.planned(schedule)
 
     def planned(self, schedule):
-        return plan(
-            self.layout, self.itemsize, self.acc.itemsize, self.device, self.keeps_mass, self.aligned, schedule
-        )
+        return plan(self.layout, self.itemsize, self.acc.itemsize, self.device, self.keeps_mass, self.aligned, schedule)
 
     # Over the logits
 
@@ -89,12 +90,8 @@ class Launches:
 
     @functools.cached_property
     def ends(self):
-        """The loss of split rows."""
-        return self.launch(gradient_kernel, self.plan, self.plan.programs)
-
-    @functools.cached_property
-    def ends_with_gradient(self):
-        plan = gradient_plan(self.layout, self.plan)
+        """The loss of split rows, with the gradient if it is made now."""
+        plan = gradient_plan(self.layout, self.plan) if self.makes_gradient else self.plan
         return self.launch(gradient_kernel, plan, plan.programs)
 
     @functools.cached_property
@@ -132,7 +129,11 @@ class Launches:
     def launch(self, kernel, plan, programs, **constants):
         constants = self.constants(plan)._replace(**constants)
         numbers = self.layout.rows, self.plan.programs, self.problem.ignore_index
-        return Launch(kernel, programs, *numbers, constants, num_warps=plan.num_warps, num_ctas=plan.num_ctas)
+        options = {"num_warps": plan.num_warps, "num_ctas": plan.num_ctas}
+        # A loop over tiles takes more registers, and spilled some.
+        if plan.registers and not constants.TURNS and self.device.backend == "cuda":
+            options["maxnreg"] = plan.registers
+        return Launch(kernel, programs, *numbers, constants, **options)
 
     # The normaliser, and the final sum
 
@@ -141,22 +142,23 @@ class Launches:
         """The normaliser's only or partial sums; None where there are few rows, or where it is known already."""
         if not self.counts_rows or self.layout.rows <= FEW_ROWS or self.whole:
             return None
-        programs, _ = parts(self.layout.rows)
-        return self.reduction(normalizer_parts, programs)
+        programs, span = parts(self.layout.rows)
+        return self.reduction(normalizer_parts, programs, self.layout.rows, span)
 
     @functools.cached_property
     def partial_sums(self):
         """None where one program sums the losses."""
-        programs, _ = parts(self.plan.programs)
-        return self.reduction(sum_parts, programs, self.plan.programs) if programs > 1 else None
+        programs, span = parts(self.plan.programs)
+        return self.reduction(sum_parts, programs, self.plan.programs, span, self.layout.rows) if programs > 1 else None
 
     @functools.cached_property
     def sum(self):
         programs, _ = parts(self.plan.programs)
-        return self.reduction(sum_parts, 1, self.plan.programs if programs == 1 else programs, **self.mean)
+        losses = self.plan.programs if programs == 1 else programs
+        return self.reduction(sum_parts, 1, losses, losses, self.layout.rows, **self.mean)
 
-    def reduction(self, kernel, programs, *counted, **mean):
-        numbers = *counted, self.layout.rows, self.problem.ignore_index, self.layout.classes
+    def reduction(self, kernel, programs, *numbers, **mean):
+        numbers += (self.problem.ignore_index,)
         constants = Constants(BLOCK=REDUCTION["BLOCK"], DOUBLE=self.acc == torch.float64, **mean)
         return Launch(kernel, programs, *numbers, constants, num_warps=REDUCTION["num_warps"])
 

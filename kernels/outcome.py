@@ -69,7 +69,7 @@ def store_results(results, given, rows, row, total, K):
     store_rows(results.entropy, rows, entropy(row))
     store_rows(results.max_prob, rows, 1 / row.s)
     if results.predicted is not None:
-        best = tl.where(rows.counted, row.best % given.classes, -1)
+        best = tl.where(rows.counted, row.best % given.target.classes, -1)
         tl.store(results.predicted + rows.number, best.to(tl.int64), mask=rows.live)
 
 

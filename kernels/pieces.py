@@ -97,7 +97,7 @@ def read(given, rows, columns, K):
         if given.target.weight is not None:
             at = given.target.weight + rows.skip[:, None] + columns.number
             w = widened(tl.load(at, mask=mask, other=0.0), K)
-        b = tl.where(mask, dense_mass(w, q, rows.smoothing, given.target, given.classes), 0.0)
+        b = tl.where(mask, dense_mass(w, q, rows.smoothing, given.target, given.target.classes), 0.0)
     return Piece(columns=columns, mask=mask, x=x, z=z, q=q, b=b)
 
 
@@ -122,7 +122,5 @@ def summarised(piece, m, rows, given, K):
         total = tl.sum(piece.q, 1)
         cross = dense_dot(piece.q, piece.z, m, piece.mask)
     if K.PREDICT:
-        best = best_of(piece.z, m, rows.skip[:, None] + piece.columns.number, given.classes)
-    return Summary(
-        m=m, s=tl.sum(e, 1), mass=mass, dot=dot, spread=spread, total=total, cross=cross, best=best
-    )
+        best = best_of(piece.z, m, rows.skip[:, None] + piece.columns.number, given.target.classes)
+    return Summary(m=m, s=tl.sum(e, 1), mass=mass, dot=dot, spread=spread, total=total, cross=cross, best=best)

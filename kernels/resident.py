@@ -27,10 +27,10 @@ def resident(
     for turn in range(turns):
         rows = rows_of(tl.program_id(0) + turn * tl.num_programs(0), given, ignore_index, K)
 
-        body = read(given, rows, body_of(rows, 0, given.classes, K), K)
+        body = read(given, rows, body_of(rows, 0, given.target.classes, K), K)
         m = tl.max(body.z, 1)
         if K.REST > 0:
-            rest = read(given, rows, rest_of(rows, given.classes, K), K)
+            rest = read(given, rows, rest_of(rows, given.target.classes, K), K)
             m = tl.maximum(m, tl.max(rest.z, 1))
         row = summarised(body, m, rows, given, K)
         if K.REST > 0:
@@ -39,7 +39,7 @@ def resident(
 
         total = 1.0
         if gradient.view is not None or K.WHOLE:
-            total = divisor(gradient.normalizer, given.target, batch, ignore_index, given.classes, K)
+            total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
         if results.loss is not None:
             store_results(results, given, rows, row, total, K)
         if gradient.view is not None:

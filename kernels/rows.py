@@ -73,14 +73,14 @@ def rows_of(tile, given, ignore_index, K):
     zero = tl.zeros_like(tl.arange(0, K.ROWS))
     skip, t, counted, point, z = zero, zero, live, widened(zero, K), widened(zero, K)
     if K.EDGE > 0:
-        skip = tl.minimum((-start & (K.EDGE - 1)).to(tl.int32), given.classes)
+        skip = tl.minimum((-start & (K.EDGE - 1)).to(tl.int32), given.target.classes)
     smoothing = tl.zeros((), tl.float32)
     if target.smoothing is not None:
         smoothing = tl.load(target.smoothing)
     if target.indices is not None:
         t = tl.load(target.indices + number, mask=live, other=0).to(tl.int64)
         counted = live & (t != ignore_index)
-        valid = counted & (t >= 0) & (t < given.classes)
+        valid = counted & (t >= 0) & (t < given.target.classes)
         t = tl.where(valid, t, 0).to(tl.int32)
         w = widened(tl.where(valid, 1.0, 0.0), K)
         if target.weight is not None:

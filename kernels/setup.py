@@ -4,17 +4,18 @@ import math
 
 import torch
 
-from ..layout import batch_shape, class_axis, contiguous, gradient_memory, visible
+from ..layout import batch_shape, class_axis, gradient_memory, visible
 from ..plan import Traffic
-from ..problem import NUMBERS, Made, Problem, Tensors, Upstream, Wanted, number
-from .arguments import Given, Gradient, Results, Target, Transform, View
+from ..problem import NUMBERS, Kept, Problem, Tensors, Upstream, number
 from .device import constant
-from .launches import Launches, signatures
+from .launches import Launches
 
 FLOATING_STATS = ("logprob", "lse", "entropy", "max_prob")
-NO_TARGET, NO_TRANSFORM = Target(None, None, None, None, None), Transform(None, None)
-NO_RESULTS = Results(None, None, None, None, None, None, None)
-NO_GRADIENT = Gradient(None, None, Upstream(), None, None, None)
+
+# What kernels are given (see arguments.py), as tuples without names, which take less time to make.
+NO_OPTIONS = None, (None, None), None  # smoothing, `Transform`, z-loss
+NO_RESULTS = (None,) * 7
+NO_GRADIENT = None, None, Upstream(), None, None, None
 
 
 class Setup:
@@ -22,42 +23,61 @@ class Setup:
 
     def __init__(self, problem, wanted, signatures, device, schedule=None, planned=None):
         self.problem, self.wanted, self.signatures = problem, wanted, signatures
-        self.launches = launches = Launches(problem, signatures, device, schedule, planned)
+        self.launches = launches = Launches(problem, wanted, signatures, device, schedule, planned)
         self.plan, self.layout, self.acc, self.per_row = launches.plan, launches.layout, launches.acc, launches.per_row
-        (self.shape, _, _, self.device, _), *_ = signatures
+        (shape, _, _, self.device, _), *_ = signatures
         self.gpu = self.device.index if self.device.type == "cuda" else None
-        self.batch = batch_shape(visible(problem, torch.empty(self.shape, device="meta")).shape)
-        self.x_view, self.g_view, self.q_view = self.layout.strides
-        self.numbers = self.layout.inner, self.layout.classes, self.layout.row_outer, self.layout.row_inner
-        self.has_numbers = any(
-            place is not None or getattr(problem, name) != getattr(Problem, name)
-            for name, place in zip(NUMBERS, signatures[-len(NUMBERS) :], strict=True)
+        self.batch = batch_shape(visible(problem, torch.empty(shape, device="meta")).shape)
+        self.x_strides, self.g_strides, self.q_strides = self.layout.strides
+        self.classes = self.layout.classes
+        self.numbers = self.layout.inner, self.layout.row_outer, self.layout.row_inner
+        self.has_options = problem.label_smoothing > 0 or any(
+            signature is not None or getattr(problem, name) != getattr(Problem, name)
+            for name, signature in zip(NUMBERS, signatures[-len(NUMBERS) :], strict=True)
         )
-        self.makes_gradient = wanted.gradient and not self.per_row
+        # Whether the kernels read the tensors as they are.
+        self.reads_all = not problem.shift and not any(launches.copied)
+        self.makes_gradient = launches.makes_gradient
         # Whether the forward pass leaves a summary of each row: split rows have their loss from it, too.
         self.summarised = self.plan.splits > 1 or (wanted.gradient and self.plan.schedule != "resident")
-        self.loss_shape = self.batch if self.per_row else () if launches.whole else (self.plan.programs,)
-        self.loss_dtype = problem.dtype if self.per_row or launches.whole else self.acc
+        # How many of `Kept`'s first fields there can be.
+        self.keeps = 5 if self.summarised else 4 if launches.count or signatures[4] else 3
+        self.only_loss = not (problem.stats or wanted.losses)
+        # One number for each row or tile, or the loss itself. (`empty_like` is the quickest way to memory.)
+        shape = self.batch if self.per_row else () if launches.whole else (self.plan.programs,)
+        dtype = problem.dtype if self.per_row or launches.whole else self.acc
+        self.like_losses = torch.empty((), dtype=dtype, device=self.device).expand(shape)
+        self.like_loss = torch.empty((), dtype=problem.dtype, device=self.device)
 
     # What is given
 
     def given(self, tensors):
-        """A call's tensors, copied where no kernel could read them as they are."""
-        x, index, q = visible(self.problem, tensors.input), tensors.target, None
-        if x.stride() != self.launches.x_stride:
-            x = x.contiguous()
+        """`Given`: a call's tensors, copied where no kernel could read them as they are."""
+        input, target, weight, sample_weight, *_ = *tensors, None, None
+        if not self.reads_all:
+            input, target, weight, sample_weight = self.readable(tensors)
+        smoothing, transform, z_loss = self.options(tensors) if self.has_options else NO_OPTIONS
+        q = None
         if self.problem.probabilities:
-            q = View(index if index.stride() == self.launches.q_stride else index.contiguous(), *self.q_view)
-            index = None
+            target, q = None, (target, *self.q_strides)
+        target = target, q, weight, sample_weight, smoothing, self.classes
+        return (input, *self.x_strides), target, transform, z_loss, *self.numbers
+
+    def readable(self, tensors):
+        """The first four, those copied that are not in the order that they are read in."""
+        seen = visible(self.problem, tensors[0]), *Tensors(*tensors)[1:4]
+        return [
+            tensor.contiguous() if copied else tensor for tensor, copied in zip(seen, self.launches.copied, strict=True)
+        ]
+
+    def options(self, tensors):
+        """Those that are numbers: the smoothing, the transform and the factor of the z-loss."""
+        tensors = Tensors(*tensors)
         smoothing = self.number(self.problem.label_smoothing, 0.0)
-        target = Target(contiguous(index), q, contiguous(tensors.weight), contiguous(tensors.sample_weight), smoothing)
-        transform, z_loss = NO_TRANSFORM, None
-        if self.has_numbers:
-            *numbers, z_loss = [
-                self.number(number(name, self.problem, tensors), getattr(Problem, name)) for name in NUMBERS
-            ]
-            transform = Transform(*numbers)
-        return Given(View(x, *self.x_view), target, transform, z_loss, *self.numbers)
+        *transform, z_loss = [
+            self.number(number(name, self.problem, tensors), getattr(Problem, name)) for name in NUMBERS
+        ]
+        return smoothing, tuple(transform), z_loss
 
     def number(self, value, neutral):
         """An option's number on the device; None where it changes nothing."""
@@ -71,7 +91,10 @@ class Setup:
         return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
 
     def new_gradient(self, tensors, given):
-        return gradient_memory(self.problem, tensors.input, given.logits.ptr)
+        if self.reads_all and not self.problem.inplace:
+            return torch.empty_like(tensors[0])
+        (logits, *_), *_ = given
+        return gradient_memory(self.problem, tensors[0], logits)
 
     def new_slope(self):
         """One number for each row, or for each tile that makes a gradient (see `streaming`); autograd adds them."""
@@ -87,12 +110,13 @@ class Setup:
         return 8 if self.problem.stats else 4, self.layout.rows, self.plan.splits
 
     def new_results(self):
-        losses = self.new(*self.loss_shape, dtype=self.loss_dtype)
+        """`Results`"""
+        losses = torch.empty_like(self.like_losses)
+        if self.only_loss:
+            return losses, *NO_RESULTS[1:]
         stats = self.problem.stats
-        if not stats and not self.wanted.losses:
-            return Results(losses, None, None, None, None, None, None)
         predicts = "predicted" in stats or "correct" in stats
-        return Results(
+        return (
             losses,
             self.new(*self.batch) if self.wanted.losses else None,
             *[self.new(*self.batch) if name in stats else None for name in FLOATING_STATS],
@@ -102,9 +126,10 @@ class Setup:
     # The two passes
 
     def forward(self, tensors, expected):
-        """The loss, its gradient for the upstream gradient that is `expected` (None: 1), and what `backward` needs.
+        """The loss, statistics, and what `backward` needs.
 
-        The gradient is made now for "mean" and "sum"; with "none" it waits for the upstream gradient.
+        The gradient is made now for "mean" and "sum", for the upstream gradient that is `expected`; with
+        "none" it waits for the upstream gradient.
         """
         if self.gpu is not None and self.gpu != torch.cuda.current_device():  # where kernels would be launched
             with torch.cuda.device(self.device):
@@ -115,10 +140,10 @@ class Setup:
         gradient = NO_GRADIENT
         if self.makes_gradient:
             memory, slope = self.new_gradient(tensors, given), self.new_slope()
-            upstream = Upstream(self.one() if expected is None else expected)
-            gradient = Gradient(self.view(memory), slope, upstream, normalizer, None, None)
-        elif launches.whole:
-            gradient = Gradient(None, None, NO_GRADIENT.upstream, normalizer, None, None)
+            upstream = Upstream(expected)
+            gradient = self.view(memory), slope, upstream, normalizer, None, None
+        elif normalizer is not None:  # which one program with all rows divides by
+            gradient = *NO_GRADIENT[:3], normalizer, None, None
         results = self.new_results()
         summary = self.new(*self.summary_shape) if self.summarised else None
         if self.plan.schedule == "resident":
@@ -127,56 +152,54 @@ class Setup:
             launches.walk(given, results, gradient, summary)
         else:
             launches.walk(given, results, NO_GRADIENT, summary)
-            (launches.ends_with_gradient if self.makes_gradient else launches.ends)(given, results, gradient, summary)
-        loss = results.loss if self.per_row or launches.whole else self.total(results.loss, given, normalizer)
-        stats = self.statistics(tensors.target, results) if self.problem.stats else ()
-        return Made(loss, stats, memory, slope, results.row_losses, normalizer, summary)
+            launches.ends(given, results, gradient, summary)
+        loss, row_losses, *stats = results
+        if not (self.per_row or launches.whole):
+            loss = self.total(loss, given, normalizer)
+        stats = self.statistics(tensors[1], *stats) if self.problem.stats else ()
+        return loss, stats, Kept(memory, slope, row_losses, normalizer, summary)
 
-    def backward(self, tensors, made, upstream, expected):
+    def backward(self, tensors, kept, upstream, expected):
         """The gradient for `upstream`, the slopes that belong to it, and what to expect the next time.
 
-        `made.gradient` is that for `expected`. It is returned as it is where the device finds that `upstream` is the
+        `kept.gradient` is that for `expected`. It is returned as it is where the device finds that `upstream` is the
         same, and is otherwise overwritten with the right one. None: the gradient is made in a new tensor.
         """
         if self.gpu is not None and self.gpu != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self.backward(tensors, made, upstream, expected)
+                return self.backward(tensors, kept, upstream, expected)
         if self.problem.inplace:
-            return self.rescaled(made, upstream.loss, expected)
+            return self.rescaled(kept, upstream.loss, expected)
         given = self.given(tensors)
-        memory, slope, seen, has_stats = made.gradient, made.slope, None, upstream.has_stats()
+        memory, slope, seen, has_stats = kept.gradient, kept.slope, None, upstream.has_stats()
         if memory is None:
             memory, slope = self.new_gradient(tensors, given), self.new_slope()
         if self.per_row or has_stats or upstream.loss is None:
             upstream = Upstream(self.of_loss(upstream.loss), *map(self.by_row_number, upstream[1:]))
-        if made.gradient is None or has_stats:
+        if kept.gradient is None or has_stats:
             launch, expected = self.launches.deferred(*[up is None for up in upstream]), None
         else:
-            launch, expected = self.launches.again, self.one() if expected is None else expected
+            launch = self.launches.again
             seen = torch.empty_like(expected)
-        gradient = Gradient(self.view(memory), slope, upstream, made.normalizer, expected, seen)
+        gradient = self.view(memory), slope, upstream, kept.normalizer, expected, seen
         if self.plan.schedule == "resident":
             launch(given, NO_RESULTS, gradient)
         else:
-            launch(given, NO_RESULTS, gradient, made.summary)
+            launch(given, NO_RESULTS, gradient, kept.summary)
         return memory, slope, seen
 
-    def rescaled(self, made, upstream, expected):
+    def rescaled(self, kept, upstream, expected):
         """`backward` where the logits are gone: gradient and slopes times `upstream` over `expected`."""
-        expected = self.one() if expected is None else expected
         seen = torch.empty_like(expected)
-        view = self.view(made.gradient)
-        given = Given(view, NO_TARGET, NO_TRANSFORM, None, *self.numbers)
-        self.launches.rescale(given, Gradient(view, None, Upstream(upstream), None, expected, seen))
-        slope = None if made.slope is None else made.slope * (upstream.to(self.acc) / expected)
-        return made.gradient, slope, seen
-
-    def one(self):
-        return constant(1.0, self.acc, self.device)
+        view = self.view(kept.gradient)
+        given = view, (None, None, None, None, None, self.classes), *NO_OPTIONS[1:], *self.numbers
+        self.launches.rescale(given, (view, None, Upstream(upstream), None, expected, seen))
+        slope = None if kept.slope is None else kept.slope * (upstream.to(self.acc) / expected)
+        return kept.gradient, slope, seen
 
     def view(self, memory):
-        """What of the gradient is that of the rows."""
-        return View(visible(self.problem, memory), *self.g_view)
+        """`View`: what of the gradient is that of the rows."""
+        return visible(self.problem, memory) if self.problem.shift else memory, *self.g_strides
 
     def of_loss(self, upstream):
         """The loss's upstream gradient: one number, or with "none" one for each row."""
@@ -190,14 +213,12 @@ class Setup:
         """A statistic's upstream gradient, if it has one, in the order of row numbers."""
         return None if upstream is None else aligned(upstream.to(self.acc).reshape(-1))
 
-    def statistics(self, target, results):
+    def statistics(self, target, *found):
         """Those that are asked for, in the shape of the rows."""
-        return tuple(
-            [
-                self.correct(target, results.predicted) if name == "correct" else getattr(results, name)
-                for name in self.problem.stats
-            ]
-        )
+        found = dict(zip((*FLOATING_STATS, "predicted"), found, strict=True))
+        if "correct" in self.problem.stats:
+            found["correct"] = self.correct(target, found["predicted"])
+        return tuple([found[name] for name in self.problem.stats])
 
     def correct(self, target, predicted):
         if self.problem.probabilities:
@@ -211,20 +232,21 @@ class Setup:
         """Its only or its partial sums; None where there are few rows, or where it is their number."""
         count = self.launches.count
         if count is None:
-            return tensors.normalizer
+            return tensors[4] if len(tensors) > 4 else None
         parts = self.new(count.programs)
-        count(given.target, parts)
+        count(given[1], parts)
         return parts
 
     def total(self, losses, given, normalizer):
         """The sum of the tiles' losses over the normaliser, 0-dim, in the loss's dtype."""
+        _, target, *_ = given
         partial_sums = self.launches.partial_sums
         if partial_sums is not None:
             partial = self.new(partial_sums.programs)
-            partial_sums(given.target, losses, None, partial)
+            partial_sums(target, losses, None, partial)
             losses = partial
-        out = self.new(dtype=self.problem.dtype)
-        self.launches.sum(given.target, losses, normalizer, out)
+        out = torch.empty_like(self.like_loss)
+        self.launches.sum(target, losses, normalizer, out)
         return out
 
     def traffic(self, tensors):
@@ -237,19 +259,13 @@ class Setup:
         walks = 2 if self.wanted.gradient and (self.per_row or plan.schedule != "resident") else 1
         stats = len(self.problem.stats) * rows * acc
         gradient = input.numel() * input.element_size() if self.wanted.gradient else 0
-        given = self.given(tensors)
         copies = sum(
-            new.numel() * new.element_size()
-            for new, old in (
-                (given.logits.ptr, input),
-                (given.target.probabilities and given.target.probabilities.ptr, target),
-                (given.target.indices, target),
-                (given.target.weight, tensors.weight),
-            )
-            if new is not None and new.data_ptr() != old.data_ptr()
+            tensor.numel() * tensor.element_size()
+            for tensor, copied in zip(tensors, self.launches.copied, strict=False)
+            if copied
         )
         reads = walks * (logits + target.numel() * target.element_size()) + summary + copies
-        new = summary + math.prod(self.loss_shape) * self.loss_dtype.itemsize + stats + copies
+        new = summary + self.like_losses.numel() * self.like_losses.element_size() + stats + copies
         numbers = {
             "ROWS": plan.rows,
             "BLOCK": plan.block,

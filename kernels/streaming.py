@@ -41,20 +41,20 @@ def streaming(
         part = item % K.SPLITS
         rows = rows_of(item // K.SPLITS, given, ignore_index, K)
 
-        row = nothing(rows.point, given.classes)
+        row = nothing(rows.point, given.target.classes)
         if K.REST > 0:
-            rest = rest_of(rows, given.classes, K)
+            rest = rest_of(rows, given.target.classes, K)
             if part == 0:
                 row = summary_of(rest, rows, given, K)
-        span = tl.cdiv(given.classes, K.SPLITS * PART) * PART
-        end = tl.minimum((part + 1) * span, given.classes)
+        span = tl.cdiv(given.target.classes, K.SPLITS * PART) * PART
+        end = tl.minimum((part + 1) * span, given.target.classes)
         # No trip at all where every row of the program is ignored.
         end = tl.where(tl.max(rows.counted.to(tl.int32), 0) > 0, end, 0)
         for start in range(part * span, end, K.BLOCK):
-            body = body_of(rows, start, given.classes, K)
+            body = body_of(rows, start, given.target.classes, K)
             if K.SPLITS > 1:
                 body = Columns(number=body.number, inside=body.inside & (body.number < (part + 1) * span))
-            row = merge(row, summary_of(body, rows, given, K), given.classes, K)
+            row = merge(row, summary_of(body, rows, given, K), given.target.classes, K)
         if saved is not None:
             save(saved, row, rows, part, batch, K)
         row = with_point(row, rows)
@@ -62,12 +62,12 @@ def streaming(
         if K.SPLITS == 1:
             store_results(results, given, rows, row, 1.0, K)
         if gradient.view is not None:
-            total = divisor(gradient.normalizer, given.target, batch, ignore_index, given.classes, K)
+            total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
             factors = factors_of(gradient, given, rows, row, total, K)
             slope = tl.zeros_like(row.m)
-            blocks = tl.cdiv(given.classes, K.BLOCK)
+            blocks = tl.cdiv(given.target.classes, K.BLOCK)
             for k in range(blocks):
-                body = body_of(rows, (blocks - 1 - k) * K.BLOCK, given.classes, K)
+                body = body_of(rows, (blocks - 1 - k) * K.BLOCK, given.target.classes, K)
                 slope += store_gradient(gradient, given, rows, read(given, rows, body, K), factors, K)
             if K.REST > 0:
                 slope += store_gradient(gradient, given, rows, read(given, rows, rest, K), factors, K)

@@ -13,7 +13,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 pytest.register_assert_rewrite("parity")
 
-from xent_ext import autograd, backends, cpu, dispatch  # noqa: E402
+from xent_ext import backends, cpu, dispatch, expectation  # noqa: E402
 
 TORCH = backends.release(torch.__version__)
 current_corners = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def nothing_expected():
     """Each test's first upstream gradient is expected to be 1."""
-    autograd.shared_expectation.cache_clear()
+    expectation.shared_expectation.cache_clear()
     dispatch.forget()
 
 

@@ -86,8 +86,8 @@ def test_any_factor_gives_the_bits_of_a_direct_computation(fused, device, dtype,
         upstream = torch.full_like(loss, factor)
         with torch.no_grad():
             setup = implementation.setup_for(fused[0], tensors, wanted)
-            made = setup.forward(tensors, None)._replace(gradient=None)
-            direct, _, _ = setup.backward(tensors, made, Upstream(upstream), None)
+            _, _, kept = setup.forward(tensors, torch.ones_like(loss))
+            direct, _, _ = setup.backward(tensors, kept._replace(gradient=None), Upstream(upstream), None)
         loss = xent_ext.cross_entropy(**args, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(gradient(loss, args["input"], upstream), direct, rtol=0, atol=0, equal_nan=True)
 

@@ -4,16 +4,16 @@ An implementation is a module with a function that makes a setup for all calls t
 for what goes in and out):
 
     setup = setup_for(problem, tensors, wanted)
-    made = setup.forward(tensors, expected)
-    gradient, slope, seen = setup.backward(tensors, made, upstream, expected)
+    loss, stats, kept = setup.forward(tensors, expected)
+    gradient, slope, seen = setup.backward(tensors, kept, upstream, expected)
 
 Forward makes the gradient for the upstream gradient of the loss that is expected: the one that the last backward saw,
 at first 1; and for none of the statistics. That is right for `loss.backward()`, and from the second step on for
 `(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward compares, and makes the
 gradient again where it was wrong.
 
-`made` in backward is forward's, without `loss` and `stats`; its `gradient` and `slope` are None where they were not
-made or went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
+`tensors` are the first of `Tensors`, up to the last that is given. `kept` in backward is forward's, but without the
+`gradient` that went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
 
 The gradients with respect to `sample_weight` and `logit_scale` are sums over rows, taken here: of the row losses, and
 of the slopes.
@@ -23,59 +23,12 @@ the upstream gradient over the one that was expected, and hands it out once.
 """
 
 import dataclasses
-import functools
-import weakref
 
 import torch
 
 from . import reference
-from .problem import Made, Tensors, Upstream, Wanted
-
-
-class Expectation:
-    """The upstream gradient that the next backward is expected to have: a 0-dim tensor, or None for 1.
-
-    It stays on its device, and is for the CUDA stream that wrote it: another could read it too early. A captured CUDA
-    graph can neither read what may be freed later nor leave what it allocated: it expects 1.
-    """
-
-    def __init__(self):
-        self.upstream = self.queue = None
-
-    def get(self, input):
-        """What to expect for the gradient of `input`, which is to be made by the current stream."""
-        return self.upstream if self.queue is not None and self.queue == queue(input) else None
-
-    def note(self, seen, input):
-        """Expect `seen` from now on; None changes nothing."""
-        here = queue(input)
-        if seen is not None and here is not None:
-            self.upstream, self.queue = seen, here
-
-
-def queue(input):
-    """What does the work on `input` in order: its device, or on a GPU the current stream; None in a graph's capture."""
-    if not input.is_cuda:
-        return input.device
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    return input.device, torch._C._cuda_getCurrentRawStream(input.device.index)
-
-
-def expectation_of(owner):
-    """That of a module."""
-    found = _expectations.get(owner)
-    return _expectations.setdefault(owner, Expectation()) if found is None else found
-
-
-# Beside the modules, not in them: a copied or pickled module is what torch.nn.CrossEntropyLoss would be.
-_expectations = weakref.WeakKeyDictionary()
-
-
-@functools.lru_cache(maxsize=256)
-def shared_expectation(problem, device):
-    """That of all calls without a module, with the same options on the same device."""
-    return Expectation()
+from .expectation import expectation_of, shared_expectation
+from .problem import Kept, Tensors, Upstream, Wanted
 
 
 def is_batched(upstream):
@@ -83,7 +36,10 @@ def is_batched(upstream):
     if torch._C._are_functorch_transforms_active():
         return True
     legacy = torch._C._functorch.is_legacy_batchedtensor
-    return any([legacy(up) for up in upstream if up is not None])
+    for up in upstream:  # noqa: SIM110 (any() would take as long as much of a small backward)
+        if up is not None and legacy(up):
+            return True
+    return False
 
 
 class Loss:
@@ -95,19 +51,25 @@ class Loss:
         if problem.inplace and not (self.recorded and needed.input):
             problem = dataclasses.replace(problem, inplace=False)
         self.problem = problem
+        self.given = max(place for place, tensor in enumerate(tensors) if tensor is not None) + 1
         self.setup = implementation.setup_for(problem, tensors, wanted(needed) if self.recorded else Wanted())
         self.expectation = shared_expectation(problem, tensors.input.device)  # of calls without a module
         self.only_input = not (needed.sample_weight or needed.logit_scale)
+        self.no_gradients = (None,) * (2 + self.given)
 
     def __call__(self, owner, tensors):
-        """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it."""
+        """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it.
+
+        `tensors` are `Tensors`, or the first of them, up to the last that is given.
+        """
         if not self.recorded:
             return self.setup.forward(tensors, None)[:2]
         expectation = self.expectation if owner is None else expectation_of(owner)
-        loss, *stats = record(self, expectation, *tensors)
+        found = record(self, expectation, *tensors[: self.given])
+        loss, *stats = found if self.problem.stats else (found,)
         if self.problem.inplace:
-            Overwritten.apply(tensors.input)
-            loss.grad_fn.version = tensors.input._version
+            Overwritten.apply(tensors[0])
+            loss.grad_fn.version = tensors[0]._version
         return loss, stats
 
 
@@ -119,48 +81,71 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, expectation, *tensors):
-        problem, tensors = loss.problem, Tensors(*tensors)
-        expected = expectation.get(tensors.input)
+    def forward(ctx, call, expectation, *tensors):
+        setup, problem = call.setup, call.problem
+        expected = expectation.get(tensors[0], problem)
         if problem.inplace:
             expected = divisor(expected)
-        made = loss.setup.forward(tensors, expected)
-        saved = tensors._replace(input=None) if problem.inplace else tensors
-        ctx.save_for_backward(*saved, made.losses, made.normalizer, made.summary)
-        ctx.call, ctx.expectation, ctx.expected = loss, expectation, expected
-        ctx.made, ctx.slope = made.gradient, made.slope
+        loss, stats, kept = setup.forward(tensors, expected)
+        if problem.inplace:  # the gradient has the memory of the logits, and their version
+            ctx.overwritten, kept = kept.gradient, kept._replace(gradient=None)
+            tensors = None, *tensors[1:]
+        ctx.save_for_backward(*tensors, *kept[: setup.keeps])
+        ctx.of_call = call, expectation, expected
         ctx.set_materialize_grads(False)
-        if made.stats:
-            ctx.mark_non_differentiable(*flat(problem, made.stats))
-        return made.loss, *made.stats
+        if not stats:
+            return loss
+        ctx.mark_non_differentiable(*flat(problem, stats))
+        return loss, *stats
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        problem, setup = ctx.call.problem, ctx.call.setup
+        call, expectation, expected = ctx.of_call
+        problem, setup = call.problem, call.setup
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
-            return NO_GRADIENTS
-        *tensors, losses, normalizer, summary = ctx.saved_tensors
-        tensors = Tensors(*tensors)
+            return call.no_gradients
+        saved = ctx.saved_tensors
+        tensors = saved[: call.given]
         plain = must_be_plain(upstream)
         if problem.inplace:
             refuse(ctx, plain, upstream)
-        needed = ctx.needs_input_grad[2:]
         if plain:
-            return None, None, *differentiable_gradients(problem, tensors, Tensors(*needed), upstream)
+            needed = ctx.needs_input_grad[2:]
+            return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
+        gradient, *others = saved[call.given :]
+        kept = Kept(to_hand_out(ctx, gradient), *others)
         gradient = slope = None
         if setup.wanted.gradient:
-            made = Made(None, (), ctx.made, ctx.slope, losses, normalizer, summary)
-            ctx.made = ctx.slope = None
-            gradient, slope, seen = setup.backward(tensors, made, upstream, ctx.expected)
+            gradient, slope, seen = setup.backward(tensors, kept, upstream, expected)
             if seen is not None:
-                ctx.expectation.note(seen, gradient)
-        if ctx.call.only_input:
-            return None, None, gradient, *NO_GRADIENTS[3:]
-        return None, None, *gradients(problem, tensors, Tensors(*needed), gradient, slope, losses, upstream)
+                expectation.note(seen, gradient, problem)
+        if call.only_input:
+            return None, None, gradient, *call.no_gradients[3:]
+        needed = Tensors(*ctx.needs_input_grad[2:])
+        found = gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)
+        return None, None, *found[: call.given]
 
 
-NO_GRADIENTS = (None,) * (2 + len(Tensors._fields))
+def is_spent(ctx):
+    """Whether its gradient went to autograd already."""
+    return hasattr(ctx, "spent")
+
+
+def to_hand_out(ctx, gradient):
+    """The gradient that was made ahead, as it may be given to autograd: once, and under a version of its own.
+
+    Whoever gets it may change it, which says nothing of what is saved.
+    """
+    if is_spent(ctx):
+        return None
+    ctx.spent = True
+    if hasattr(ctx, "overwritten"):
+        gradient = ctx.overwritten
+        del ctx.overwritten
+        return gradient
+    return None if gradient is None else gradient.data
+
 
 # torch.autograd.Function.apply without what it does for tensors under torch.func, which never come here.
 record = super(torch.autograd.Function, CrossEntropy).apply
@@ -214,16 +199,15 @@ def sample_weight_gradient(problem, tensors, losses, upstream):
 
 
 def differentiable_gradients(problem, tensors, needed, upstream):
-    """The gradients by the plain formula: for `create_graph=True` and for upstream gradients under vmap."""
+    """The gradients that are needed, None for the others, by the plain formula: for `create_graph=True` and for upstream
+    gradients under vmap."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = Tensors(
-            *(
-                tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
-                for tensor, need in zip(tensors, needed, strict=True)
-            )
-        )
-        loss, stats = reference.compute(problem, inputs)
+        inputs = [
+            tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        loss, stats = reference.compute(problem, Tensors(*inputs))
         outputs = {"loss": loss, **dict(zip(problem.stats, stats, strict=True))}
         wanted = [name for name, up in upstream._asdict().items() if up is not None]
         found = iter(
@@ -235,7 +219,7 @@ def differentiable_gradients(problem, tensors, needed, upstream):
                 allow_unused=True,
             )
         )
-    return Tensors(*(next(found) if need else None for need in needed))
+    return [next(found) if need else None for need in needed]
 
 
 # --- In place
@@ -257,9 +241,7 @@ class Overwritten(torch.autograd.Function):
 
 
 def divisor(expected):
-    """What the gradient can be made for and divided by again: 1 (None) in place of 0, infinity and NaN."""
-    if expected is None:
-        return None
+    """What the gradient can be made for and divided by again: 1 in place of 0, infinity and NaN."""
     return torch.where(expected.isfinite() & (expected != 0), expected, 1)
 
 
@@ -270,11 +252,11 @@ def refuse(ctx, plain, upstream):
         reason = "for create_graph=True or batched gradients"
     elif upstream.has_stats():
         reason = "for the gradient of a statistic"
-    elif ctx.made is None:
+    elif is_spent(ctx):
         reason = "to go through backward a second time"
     if reason:
         raise RuntimeError(f"cross_entropy(..., inplace=True) does not keep the logits, which are needed {reason}")
-    if ctx.made._version != ctx.version:
+    if ctx.overwritten._version != ctx.version:
         raise RuntimeError(
             "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
             "gradient in their place"

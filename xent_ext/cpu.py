@@ -22,7 +22,7 @@ import torch
 from . import checks
 from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
-from .problem import NUMBERS, Made, Problem, Upstream, Wanted, number
+from .problem import NUMBERS, Kept, Problem, Tensors, Upstream, Wanted, number
 from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
@@ -35,7 +35,7 @@ LOWEST = -1e4
 
 
 def forward(problem, tensors, wanted, expected):
-    """The loss, and its gradient for the upstream gradient that is `expected` (None: 1).
+    """The loss, and its gradient for the upstream gradient that is `expected`.
 
     The gradient is made now where the reduction is "mean" or "sum", and a gradient is wanted.
     """
@@ -43,34 +43,27 @@ def forward(problem, tensors, wanted, expected):
     rows = Rows(problem, tensors)
     now = problem.reduction != "none"
     gradient = rows.gradient_memory() if wanted.gradient and now else None
-    losses, stats, slope = rows.walk(
-        gradient, Upstream(torch.ones(()) if expected is None else expected), wanted.slope and now, problem.stats
-    )
+    losses, stats, slope = rows.walk(gradient, Upstream(expected), wanted.slope and now, problem.stats)
     weighted = losses if rows.sample_weight is None else losses * rows.sample_weight
-    return Made(
-        loss=(weighted.sum() / rows.normalizer()).to(problem.dtype) if now else rows.in_batch(weighted, problem.dtype),
-        stats=tuple(rows.in_batch(values) for values in stats),
-        gradient=gradient,
-        slope=slope,
-        losses=rows.in_batch(losses) if wanted.losses else None,
-    )
+    loss = (weighted.sum() / rows.normalizer()).to(problem.dtype) if now else rows.in_batch(weighted, problem.dtype)
+    kept = Kept(gradient, slope, losses=rows.in_batch(losses) if wanted.losses else None)
+    return loss, tuple(rows.in_batch(values) for values in stats), kept
 
 
-def backward(problem, tensors, wanted, made, upstream, expected):
+def backward(problem, tensors, wanted, kept, upstream, expected):
     """The gradient for `upstream`, the slopes that belong to it, and what to expect the next time.
 
-    That is `made.gradient`, the gradient for `expected`, as it is where `upstream` is the same; or else overwritten.
+    That is `kept.gradient`, the gradient for `expected`, as it is where `upstream` is the same; or else overwritten.
     """
-    ahead = made.gradient is not None
+    ahead = kept.gradient is not None
     seen = upstream.loss.clone() if ahead and upstream.loss is not None else None
-    expected = 1 if expected is None else expected
     if ahead and not upstream.has_stats() and upstream.loss == expected:
-        return made.gradient, made.slope, seen
+        return kept.gradient, kept.slope, seen
     if problem.inplace:
         factor = upstream.loss.to(accumulation_dtype(problem.dtype)) / expected
-        return made.gradient.mul_(factor), None if made.slope is None else made.slope * factor, seen
+        return kept.gradient.mul_(factor), None if kept.slope is None else kept.slope * factor, seen
     rows = Rows(problem, tensors)
-    gradient = made.gradient if ahead else rows.gradient_memory()
+    gradient = kept.gradient if ahead else rows.gradient_memory()
     _, _, slope = rows.walk(gradient, upstream, wanted.slope)
     return gradient, slope, seen
 
@@ -80,12 +73,13 @@ class Setup(NamedTuple):
 
     problem: Problem
     wanted: Wanted
+    keeps: int = 3  # how many of `Kept`'s first fields there can be
 
     def forward(self, tensors, expected):
-        return forward(self.problem, tensors, self.wanted, expected)
+        return forward(self.problem, Tensors(*tensors), self.wanted, expected)
 
-    def backward(self, tensors, made, upstream, expected):
-        return backward(self.problem, tensors, self.wanted, made, upstream, expected)
+    def backward(self, tensors, kept, upstream, expected):
+        return backward(self.problem, Tensors(*tensors), self.wanted, kept, upstream, expected)
 
 
 def setup_for(problem, tensors, wanted):
@@ -143,7 +137,7 @@ def gather(x, index, out):
 
 
 def all_ignored(ignored, g):
-    """Whether all rows of a block are, so that its logits need no reading; their gradient, if there is one, is made."""
+    """Whether all rows of a block are, so that its logits need no reading; their gradient, if there is one, is kept."""
     if ignored is None or not ignored.all():
         return False
     if g is not None:

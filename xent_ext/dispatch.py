@@ -69,7 +69,7 @@ def local(owner, arguments, options):
     if found is PYTORCH:
         return torch_cross_entropy(*arguments)
     if options is None:
-        return found(owner, Tensors(*arguments[:3]))[0]
+        return found(owner, arguments[:3])[0]
     return with_options(owner, found, arguments, options)
 
 
@@ -192,15 +192,12 @@ def key_of_options(options):
     return key
 
 
-def facts(tensor):
+def facts(t):
     """What of a tensor the outcome depends on."""
-    if type(tensor) not in PLAIN:
+    if type(t) not in PLAIN:
         raise Unkept
     try:
-        return (
-            tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16, tensor.requires_grad,
-            tensor.is_neg(),
-        )  # fmt: skip
+        return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad, t.is_neg()
     except RuntimeError:  # it has no strides or no memory
         raise Unkept from None
 
@@ -294,7 +291,7 @@ def unsupported_here():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # no mode sees into an operator
+    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():  # no mode sees into an operator
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"

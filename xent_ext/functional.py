@@ -108,9 +108,7 @@ def cross_entropy(
         options = Options(
             dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats, shift
         )
-    arguments = Arguments(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
+    arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if is_overridden(arguments, options):
         return overridden(arguments, options)
     return dispatch.cross_entropy(None, arguments, options)

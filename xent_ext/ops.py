@@ -59,8 +59,9 @@ def forward(*arguments):
     problem, tensors = call(arguments)
     if backends.CHECK:
         checks.bad_class(problem, tensors)
-    made = backends.implementation_for(tensors.input).setup_for(problem, tensors, Wanted()).forward(tensors, None)
-    return made.loss, [stat.clone() for stat in made.stats]  # what an operator returns must not share memory
+    setup = backends.implementation_for(tensors.input).setup_for(problem, tensors, Wanted())
+    loss, stats, _ = setup.forward(tensors, None)
+    return loss, [stat.clone() for stat in stats]  # what an operator returns must not share memory
 
 
 @forward.register_fake
@@ -94,17 +95,18 @@ def made_for(upstream, problem, tensors, wanted):
     setup_for = backends.implementation_for(tensors.input).setup_for
     if upstream.has_stats() and wanted.gradient:
         setup = setup_for(problem, tensors, wanted)
-        made = setup.forward(tensors, None)
-        gradient, slope, _ = setup.backward(tensors, made, upstream, None)
-        return made._replace(gradient=gradient, slope=slope)
+        _, _, kept = setup.forward(tensors, None)
+        gradient, slope, _ = setup.backward(tensors, kept, upstream, None)
+        return kept._replace(gradient=gradient, slope=slope)
     # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
     problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
     if problem.reduction == "none":
         # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
         factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
         problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
-        expected = None
-    return setup_for(problem, tensors, wanted).forward(tensors, expected)
+        expected = torch.ones((), dtype=expected.dtype, device=expected.device)
+    _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
+    return kept
 
 
 def in_order_of(tensor, gradient):
@@ -136,7 +138,7 @@ def differentiate(ctx, loss, stats):
     if not any(needed) or not any(up is not None for up in upstream):
         gradients = (None,) * len(tensors)
     elif autograd.must_be_plain(upstream):
-        gradients = autograd.differentiable_gradients(problem, tensors, needed, upstream)
+        gradients = Tensors(*autograd.differentiable_gradients(problem, tensors, needed, upstream))
     else:
         found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
         gradients = Tensors(*(next(found) if need else None for need in needed))

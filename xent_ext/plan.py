@@ -100,6 +100,7 @@ class Plan:
     edge: int = 0  # logits of a vector, where the first tile starts at one and the second holds the ends of the row
     at_once: int = 0  # programs that stream the tiles; 0: one for each
     splits: int = 1  # programs that share a row, each summarising a part
+    registers: int = 0  # the most that the compiler may give a thread on an NVIDIA GPU; 0: as it likes
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ SHARING_THREADS = 256
 PORTABLE_CLUSTER = 8
 # Rows of fewer classes are packed in tiles of another size.
 NARROW = 128
+# All rows together are one tile where it has so few logits: its program counts the rows and makes the loss, so that a
+# step is two launches in place of four. (As one program 16384 logits took longer than as eight.)
+WHOLE_TILE = 8192
+# Of 512 threads with 32 logits of float32 each two programs share a processor if each thread has this many registers,
+# and one reads while the other writes. The compiler needs 60, but takes a few more if it may.
+SHARING_REGISTERS = 64
 # A sector of DRAM is 32 bytes: where rows are neighbours in memory (classes strided), a tile must be at least
 # this many bytes of rows wide, or it fetches what it does not use.
 SECTOR = 32
@@ -196,6 +203,8 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
     if width <= tuning.packed_tile:
         held = min(most, tuning.logits_per_thread)
         tile = min(tuning.narrow_tile if width < NARROW else tuning.packed_tile, MOST_THREADS * held)
+        if layout.outer == 1 and width * next_power_of_2(layout.inner) <= min(WHOLE_TILE, MOST_THREADS * held):
+            tile = max(tile, width * next_power_of_2(layout.inner))
         rows = min(tile // width, next_power_of_2(layout.inner))
         warps = max(rows * block // held // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
@@ -204,7 +213,8 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
         num_ctas = max(block // (threads * most), 1)
         if threads >= fewest and num_ctas <= min(cluster, largest_cluster):
             warps = max(min(block // most, threads) // device.lanes, 1)
-            return Plan("resident", 1, block, warps, layout.rows, num_ctas, rest, edge)
+            registers = SHARING_REGISTERS if threads == 512 and most == 32 and not rest else 0
+            return Plan("resident", 1, block, warps, layout.rows, num_ctas, rest, edge, registers=registers)
     return None
 
 

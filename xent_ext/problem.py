@@ -64,15 +64,13 @@ class Wanted(NamedTuple):
     losses: bool = False  # for the gradient with respect to `sample_weight`
 
 
-class Made(NamedTuple):
-    """What the forward pass made. Values for each row are in the shape of the rows."""
+class Kept(NamedTuple):
+    """What the forward pass makes for backward. Values for each row are in the shape of the rows."""
 
-    loss: Tensor
-    stats: tuple = ()  # for each name of `Problem.stats`
     gradient: Tensor | None = None  # of the shape of the input; for the upstream gradient that was expected
     slope: Tensor | None = None  # made with `gradient`: for each row, in any shape, sum_c dL/dz_c * dz_c/dlogit_scale
     losses: Tensor | None = None  # row losses before `sample_weight` and the reduction
-    normalizer: Tensor | None = None  # the implementation's own, which its backward gets again; as is the summary
+    normalizer: Tensor | None = None  # the implementation's own, as is the summary
     summary: Tensor | None = None
 
 
