@@ -39,7 +39,7 @@ setup(
     packages=["xent_ext", "xent_ext.kernels"],
     package_dir={"xent_ext": "xent_ext", "xent_ext.kernels": "kernels"},
     package_data={"xent_ext": ["py.typed"]},
-    install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"'],
+    install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={"test": TEST, "bench": BENCH, "integration": INTEGRATION},
     classifiers=[
         "Programming Language :: Python :: 3",

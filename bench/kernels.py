@@ -12,7 +12,6 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import chain, product
 from pathlib import Path
 
@@ -130,15 +129,8 @@ bytes of code. Accesses by the bits that one instruction moves for a thread: "4x
 of 16. The logit at a row's target is read once more by itself. A kernel that several variants share is shown once."""
 
 
-def without_tools() -> list[str]:
-    """Targets for which the installed Triton lacks the assembler or the linker."""
-    return [] if backends.release(metadata.version("triton")) >= (3, 3) else ["sm_100", "gfx942"]
-
-
 def add_arguments(parser):
-    parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, help="(default: all that the installed Triton has the tools for)"
-    )
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the data here too")
 
 
@@ -146,12 +138,9 @@ def run(args) -> int:
     if not backends.HAS_TRITON:
         print("Triton is not installed: there are no kernels to compile.", file=sys.stderr)
         return 1
-    targets = args.target or [target for target in TARGETS if target not in without_tools()]
-    rows = compile_all(targets)
-    for target in targets:
+    rows = compile_all(args.target)
+    for target in args.target:
         print(f"\n{target}\n{table([row for row in rows if row['target'] == target])}")
-    for target in [] if args.target else without_tools():
-        print(f"\n{target}: not compiled, as the installed Triton lacks the assembler or the linker")
     print(LEGEND)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -245,8 +234,8 @@ def table(rows: list[dict]) -> str:
         [
             [
                 row["variant"], row["kernel"], row["pass"], str(row["num_ctas"]), str(row["registers"]), spills(row),
-                str(row["shared_bytes"]), widths(row, "given.logits.ptr", "load"), widths(row, "gradient.view.ptr", "store"),
-                str(row["code_bytes"]),
+                str(row["shared_bytes"]), widths(row, "given.logits.ptr", "load"),
+                widths(row, "gradient.view.ptr", "store"), str(row["code_bytes"]),
             ]
             for row in kernels.values()
         ],

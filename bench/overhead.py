@@ -110,6 +110,10 @@ class NoDriver:
         pass
 
 
+def compiled_by_nobody(kernel, grid):
+    return lambda *arguments, **options: None
+
+
 def launched_by_nobody(launch, kernel):
     """What `Launch` keeps of compiled code, of none."""
     launch.driver, launch.code, launch.run = NoDriver, (None,) * 5, NoDriver.launch
@@ -136,7 +140,7 @@ def launches_stubbed():
         return True
 
     with (
-        mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **options: None),
+        mock.patch.object(KernelInterface, "__getitem__", compiled_by_nobody),
         mock.patch.object(launch.Launch, "keep", launched_by_nobody),
         mock.patch.multiple(backends, BACKEND="triton", CHECK=False),
         mock.patch.multiple(implementation, device_properties=gpu, clusters_work=work),

@@ -55,9 +55,7 @@ class Given(NamedTuple):
 class Results(NamedTuple):
     """Where what is wanted of the rows goes."""
 
-    loss: (
-        Pointer | None
-    )  # of each row with PER_ROW, of the batch with WHOLE, else of each tile; None: nothing is wanted
+    loss: Pointer | None  # of each row with PER_ROW, of all with WHOLE, else of each tile; None: nothing is wanted
     row_losses: Pointer | None  # before they are weighted
     logprob: Pointer | None
     lse: Pointer | None

@@ -33,13 +33,12 @@ def stand_in(signature):
 class Launches:
     """Layout, plan and launches for all calls that differ in nothing but the values in their tensors."""
 
-    def __init__(self, problem, wanted, signatures, device, schedule=None, planned=None):
+    def __init__(self, problem, signatures, device, schedule=None, planned=None):
         self.problem, self.device = problem, device
         tensors = Tensors(*map(stand_in, signatures))
         x, q, self.layout = arrange_call(problem, tensors)
         self.itemsize, self.acc = x.element_size(), accumulation_dtype(problem.dtype)
         self.per_row = problem.reduction == "none"
-        self.makes_gradient = wanted.gradient and not self.per_row
         # Whether the normaliser is the number, or weight, of the rows that are not ignored.
         self.counts_rows = (
             problem.reduction == "mean"
@@ -78,11 +77,11 @@ class Launches:
     def planned(self, schedule):
         return plan(self.layout, self.itemsize, self.acc.itemsize, self.device, self.keeps_mass, self.aligned, schedule)
 
-    # Over the logits
+    # Over the logits, each with the same of its tensors in all calls
 
     @functools.cached_property
     def walk(self):
-        """The loss, or the summaries of rows that are split; with the gradient if it is made now."""
+        """The loss, or the summaries of rows that are split."""
         plan = self.plan
         if plan.schedule == "resident":
             return self.launch(resident_kernel, plan, plan.programs, WHOLE=self.whole)
@@ -90,8 +89,14 @@ class Launches:
 
     @functools.cached_property
     def ends(self):
-        """The loss of split rows, with the gradient if it is made now."""
-        plan = gradient_plan(self.layout, self.plan) if self.makes_gradient else self.plan
+        """The loss of split rows, from their summaries."""
+        return self.launch(gradient_kernel, self.plan, self.plan.programs)
+
+    walk_with_gradient = functools.cached_property(walk.func)
+
+    @functools.cached_property
+    def ends_with_gradient(self):
+        plan = gradient_plan(self.layout, self.plan)
         return self.launch(gradient_kernel, plan, plan.programs)
 
     @functools.cached_property

@@ -86,11 +86,8 @@ def was_expected(gradient, K):
 def factors_of(gradient, given, rows, row, total, K):
     """What the rows' gradient is made of, over the normaliser `total`; 0 for ignored rows."""
     upstream = gradient.upstream
-    if K.PER_ROW:
-        scale = widened(load_rows(upstream.loss, rows), K)
-    else:
-        scale = widened(tl.load(upstream.loss), K)
-    scale = tl.where(rows.counted, scale * rows.weight / total, 0.0)
+    scale = load_rows(upstream.loss, rows) if K.PER_ROW else tl.load(upstream.loss)
+    scale = tl.where(rows.counted, widened(scale, K) * rows.weight / total, 0.0)
     mass = scale * gradient_mass(row, given.z_loss)
     point = scale * rows.point
     q, of_entropy = tl.zeros_like(scale), tl.zeros_like(scale)

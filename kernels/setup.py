@@ -23,7 +23,7 @@ class Setup:
 
     def __init__(self, problem, wanted, signatures, device, schedule=None, planned=None):
         self.problem, self.wanted, self.signatures = problem, wanted, signatures
-        self.launches = launches = Launches(problem, wanted, signatures, device, schedule, planned)
+        self.launches = launches = Launches(problem, signatures, device, schedule, planned)
         self.plan, self.layout, self.acc, self.per_row = launches.plan, launches.layout, launches.acc, launches.per_row
         (shape, _, _, self.device, _), *_ = signatures
         self.gpu = self.device.index if self.device.type == "cuda" else None
@@ -37,7 +37,7 @@ class Setup:
         )
         # Whether the kernels read the tensors as they are.
         self.reads_all = not problem.shift and not any(launches.copied)
-        self.makes_gradient = launches.makes_gradient
+        self.makes_gradient = wanted.gradient and not self.per_row
         # Whether the forward pass leaves a summary of each row: split rows have their loss from it, too.
         self.summarised = self.plan.splits > 1 or (wanted.gradient and self.plan.schedule != "resident")
         # How many of `Kept`'s first fields there can be.
@@ -98,8 +98,6 @@ class Setup:
 
     def new_slope(self):
         """One number for each row, or for each tile that makes a gradient (see `streaming`); autograd adds them."""
-        if not self.wanted.slope:
-            return None
         if self.plan.schedule == "resident":
             return self.new(self.layout.rows)
         blocks = -(-self.layout.classes // self.plan.block)
@@ -128,8 +126,7 @@ class Setup:
     def forward(self, tensors, expected):
         """The loss, statistics, and what `backward` needs.
 
-        The gradient is made now for "mean" and "sum", for the upstream gradient that is `expected`; with
-        "none" it waits for the upstream gradient.
+        The gradient is made now for "mean" and "sum", if an upstream gradient is `expected`; it waits for that else.
         """
         if self.gpu is not None and self.gpu != torch.cuda.current_device():  # where kernels would be launched
             with torch.cuda.device(self.device):
@@ -137,22 +134,24 @@ class Setup:
         launches, given = self.launches, self.given(tensors)
         normalizer = self.normalizer(tensors, given)
         memory = slope = None
-        gradient = NO_GRADIENT
-        if self.makes_gradient:
-            memory, slope = self.new_gradient(tensors, given), self.new_slope()
+        gradient, walk, ends = NO_GRADIENT, launches.walk, launches.ends
+        if self.makes_gradient and expected is not None:
+            walk, ends = launches.walk_with_gradient, launches.ends_with_gradient
+            memory = self.new_gradient(tensors, given)
+            slope = self.new_slope() if self.wanted.slope else None
             upstream = Upstream(expected)
             gradient = self.view(memory), slope, upstream, normalizer, None, None
-        elif normalizer is not None:  # which one program with all rows divides by
+        elif launches.whole:  # one program divides by it
             gradient = *NO_GRADIENT[:3], normalizer, None, None
         results = self.new_results()
         summary = self.new(*self.summary_shape) if self.summarised else None
         if self.plan.schedule == "resident":
-            launches.walk(given, results, gradient)
+            walk(given, results, gradient)
         elif self.plan.splits == 1:
-            launches.walk(given, results, gradient, summary)
+            walk(given, results, gradient, summary)
         else:
             launches.walk(given, results, NO_GRADIENT, summary)
-            launches.ends(given, results, gradient, summary)
+            ends(given, results, gradient, summary)
         loss, row_losses, *stats = results
         if not (self.per_row or launches.whole):
             loss = self.total(loss, given, normalizer)
@@ -173,7 +172,8 @@ class Setup:
         given = self.given(tensors)
         memory, slope, seen, has_stats = kept.gradient, kept.slope, None, upstream.has_stats()
         if memory is None:
-            memory, slope = self.new_gradient(tensors, given), self.new_slope()
+            memory = self.new_gradient(tensors, given)
+            slope = self.new_slope() if self.wanted.slope else None
         if self.per_row or has_stats or upstream.loss is None:
             upstream = Upstream(self.of_loss(upstream.loss), *map(self.by_row_number, upstream[1:]))
         if kept.gradient is None or has_stats:

@@ -210,3 +210,15 @@ def truth(
 def back(axis, *arrays):
     """Arrays whose last dimension is the class, with the class at `axis`."""
     return [np.moveaxis(values, -1, axis) for values in arrays]
+
+
+def made_ahead(loss):
+    """The gradient that the forward pass made."""
+    call, *_ = loss.grad_fn.of_call
+    return loss.grad_fn.saved_tensors[call.given]
+
+
+def expectation_of(loss):
+    """The upstream gradient that it was made for."""
+    _, _, expected, *_ = loss.grad_fn.of_call
+    return expected

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import DTYPES, REDUCTIONS, make, relaid
+from parity import DTYPES, REDUCTIONS, made_ahead, make, relaid
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent_ext
 from bench import machine
-from xent_ext import autograd, backends, cpu
+from xent_ext import backends, cpu, expectation
 from xent_ext.problem import Tensors, Upstream, Wanted
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -107,7 +107,7 @@ def test_the_last_factor_is_expected_again(fused, device, reduction, criterion):
     for factor in (1.0, 0.25, 0.25, 3.0, 1.0):
         upstream = torch.full_like(loss(), factor)
         single = gradient(loss(), args["input"], upstream)
-        assert torch.equal(loss().grad_fn.made, single)
+        assert torch.equal(made_ahead(loss()), single)
         other = gradient(F.cross_entropy(**args, reduction=reduction), args["input"], upstream)
         torch.testing.assert_close(single, other)
 
@@ -119,7 +119,7 @@ def test_modules_have_expectations_of_their_own(fused, device):
     def step(module, factor):
         """The gradient made ahead, and the gradient."""
         loss = module(args["input"], args["target"])
-        made = loss.grad_fn.made.clone()
+        made = made_ahead(loss).clone()
         return made, gradient(loss, args["input"], torch.full_like(loss, factor))
 
     for _ in range(2):
@@ -145,14 +145,14 @@ def test_an_expectation_of_another_stream(fused, device, monkeypatch):
     args, module = call(device=device), xent_ext.CrossEntropyLoss()
 
     def made():
-        return module(args["input"], args["target"]).grad_fn.made
+        return made_ahead(module(args["input"], args["target"]))
 
     for_one = made()
     gradient(module(args["input"], args["target"]), args["input"], torch.tensor(3.0, device=device))
     torch.testing.assert_close(made(), 3 * for_one)
-    monkeypatch.setattr(autograd, "queue", lambda input: "another")
+    monkeypatch.setattr(expectation, "queue_of", lambda input, problem: "another")
     assert torch.equal(made(), for_one)
-    monkeypatch.setattr(autograd, "queue", lambda input: None)  # a CUDA graph is captured
+    monkeypatch.setattr(expectation, "queue_of", lambda input, problem: None)  # a CUDA graph is captured
     assert torch.equal(made(), for_one)
 
 

@@ -22,7 +22,7 @@ all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler"
 )
-backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+both_backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ OPTIONS = {
 }
 
 
-@backends
+@both_backends
 @all_reductions
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -99,7 +99,7 @@ def test_class_indices(fused, device, backend, reduction, options, dynamic):
     assert fused
 
 
-@backends
+@both_backends
 @all_reductions
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_probabilities(fused, device, backend, reduction, dynamic):
@@ -157,7 +157,7 @@ def test_any_upstream_gradient_is_as_good_as_a_direct_one(fused, device):
 # --- Graphs and their number
 
 
-@backends
+@both_backends
 @all_reductions
 @pytest.mark.parametrize("criterion", ["function", "module"])
 def test_one_graph_for_all_batch_sizes(fused, device, backend, reduction, criterion):
@@ -322,7 +322,9 @@ def test_errors(fused, device, target, options, error):
 
 def opcheck(input, target, weight, reduction, options=None, **which):
     """Check both operators: with gradients for all that require one, from the loss and from all statistics."""
-    problem, tensors = prepare(Arguments(input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1), options)
+    problem, tensors = prepare(
+        Arguments(input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1), options
+    )
     arguments = ops.arguments(problem, tensors)
     torch.library.opcheck(torch.ops.xent_ext.forward.default, arguments, **which)
     needed = [tensor is not None and tensor.requires_grad for tensor in tensors]

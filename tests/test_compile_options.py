@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from parity import REDUCTIONS
 from test_compile import (
     all_reductions,
-    backends,
+    both_backends,
     compiled,
     needs_compiler,
     nothing_compiled,  # noqa: F401
@@ -47,7 +47,7 @@ EVERYTHING = {
 # --- Results
 
 
-@backends
+@both_backends
 @each_option
 @both_targets
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -80,7 +80,7 @@ def test_combinations(fused, device, options, shape, probabilities, upstreams):
     torch.testing.assert_close(ours, theirs)
 
 
-@backends
+@both_backends
 @all_reductions
 def test_one_row(fused, device, backend, reduction):
     """Logits (C) have a 0-dim target, whose value no graph may ask for."""
@@ -90,7 +90,7 @@ def test_one_row(fused, device, backend, reduction):
     assert fused
 
 
-@backends
+@both_backends
 @all_reductions
 @pytest.mark.parametrize("classes", [40, 516], ids=["short rows", "long rows"])
 def test_kernels(triton_backend, monkeypatch, backend, reduction, classes):
@@ -123,7 +123,7 @@ def test_half_precision(fused, device, probabilities, reduction):
         torch.testing.assert_close(value.double(), truth[name].double(), rtol=8 * rounding, atol=8 * rounding)
 
 
-@backends
+@both_backends
 @all_reductions
 def test_shift(fused, device, backend, reduction):
     args = on(device, shifted_call(reduction=reduction, return_stats=True))

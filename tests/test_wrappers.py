@@ -221,11 +221,10 @@ def errors_of_distributed_tensors(rank):
     return found
 
 
-needs_cpu_sharding = pytest.mark.skipif(TORCH < (2, 7), reason="this PyTorch's fully_shard needs a GPU")
 needs_recent = pytest.mark.skipif(not backends.RECENT, reason="DTensor logits need PyTorch 2.12")
 WORK = {
     "DDP": data_parallel,
-    **({} if TORCH < (2, 7) else {"FSDP": fully_sharded}),
+    "FSDP": fully_sharded,
     **({"DTensor": distributed_tensors} if backends.RECENT else {}),
     **({} if TORCH < (2, 13) else {"DTensor, compiled": compiled_distributed_tensors}),
     "DTensor, classes": sharded_classes,
@@ -234,7 +233,7 @@ WORK = {
 
 
 @distributed
-@pytest.mark.parametrize("name", ["DDP", pytest.param("FSDP", marks=needs_cpu_sharding)])
+@pytest.mark.parametrize("name", ["DDP", "FSDP"])
 def test_data_parallel(found, name):
     """A step of several processes, each with its part of the batch, is that of one with the whole batch."""
     expected = step(new_model(), torch.nn.CrossEntropyLoss(label_smoothing=0.1), *new_batch())

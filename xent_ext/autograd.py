@@ -7,10 +7,10 @@ for what goes in and out):
     loss, stats, kept = setup.forward(tensors, expected)
     gradient, slope, seen = setup.backward(tensors, kept, upstream, expected)
 
-Forward makes the gradient for the upstream gradient of the loss that is expected: the one that the last backward saw,
-at first 1; and for none of the statistics. That is right for `loss.backward()`, and from the second step on for
-`(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward compares, and makes the
-gradient again where it was wrong.
+Forward makes the gradient for the upstream gradient of the loss that is expected (None: it leaves it to backward): the
+one that the last backward saw, at first 1; and for none of the statistics. That is right for `loss.backward()`, and
+from the second step on for `(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward
+compares, and makes the gradient again where it was wrong.
 
 `tensors` are the first of `Tensors`, up to the last that is given. `kept` in backward is forward's, but without the
 `gradient` that went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
@@ -42,6 +42,11 @@ def is_batched(upstream):
     return False
 
 
+def saved_tensors_hooks():
+    """Hooks that all tensors go through that are saved now, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 class Loss:
     """All losses that are alike but for the values in their tensors: what they have besides these."""
 
@@ -50,7 +55,7 @@ class Loss:
         self.recorded = torch.is_grad_enabled() and any(needed)
         if problem.inplace and not (self.recorded and needed.input):
             problem = dataclasses.replace(problem, inplace=False)
-        self.problem = problem
+        self.problem, self.implementation = problem, implementation
         self.given = max(place for place, tensor in enumerate(tensors) if tensor is not None) + 1
         self.setup = implementation.setup_for(problem, tensors, wanted(needed) if self.recorded else Wanted())
         self.expectation = shared_expectation(problem, tensors.input.device)  # of calls without a module
@@ -60,12 +65,13 @@ class Loss:
     def __call__(self, owner, tensors):
         """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it.
 
-        `tensors` are `Tensors`, or the first of them, up to the last that is given.
+        `tensors` begin as `Tensors`: what comes after the last that is given does not matter.
         """
+        tensors = tensors[: self.given]
         if not self.recorded:
             return self.setup.forward(tensors, None)[:2]
         expectation = self.expectation if owner is None else expectation_of(owner)
-        found = record(self, expectation, *tensors[: self.given])
+        found = record(self, expectation, *tensors)
         loss, *stats = found if self.problem.stats else (found,)
         if self.problem.inplace:
             Overwritten.apply(tensors[0])
@@ -83,15 +89,18 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, expectation, *tensors):
         setup, problem = call.setup, call.problem
-        expected = expectation.get(tensors[0], problem)
+        expected = None
         if problem.inplace:
-            expected = divisor(expected)
+            expected = divisor(expectation.get(tensors[0], problem))
+        elif saved_tensors_hooks() is None:  # else what is made ahead would be copied elsewhere, or thrown away
+            expected = expectation.get(tensors[0], problem)
         loss, stats, kept = setup.forward(tensors, expected)
+        overwritten = None
         if problem.inplace:  # the gradient has the memory of the logits, and their version
-            ctx.overwritten, kept = kept.gradient, kept._replace(gradient=None)
+            overwritten, kept = kept.gradient, kept._replace(gradient=None)
             tensors = None, *tensors[1:]
         ctx.save_for_backward(*tensors, *kept[: setup.keeps])
-        ctx.of_call = call, expectation, expected
+        ctx.of_call = call, expectation, expected, overwritten, places(tensors)
         ctx.set_materialize_grads(False)
         if not stats:
             return loss
@@ -100,7 +109,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        call, expectation, expected = ctx.of_call
+        call, expectation, expected, overwritten, where = ctx.of_call
         problem, setup = call.problem, call.setup
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
@@ -109,12 +118,19 @@ class CrossEntropy(torch.autograd.Function):
         tensors = saved[: call.given]
         plain = must_be_plain(upstream)
         if problem.inplace:
-            refuse(ctx, plain, upstream)
+            refuse(ctx, plain, upstream, overwritten)
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
         gradient, *others = saved[call.given :]
-        kept = Kept(to_hand_out(ctx, gradient), *others)
+        if expected is None:  # it went to autograd already
+            gradient = None
+        elif gradient is not None:  # whoever gets it may change it, which says nothing of what is saved
+            gradient = gradient.data
+        kept = Kept(overwritten if gradient is None else gradient, *others)
+        ctx.of_call = call, expectation, None, None, where
+        if places(tensors) != where:
+            setup, kept = refitted(call, tensors, kept, expected)
         gradient = slope = None
         if setup.wanted.gradient:
             gradient, slope, seen = setup.backward(tensors, kept, upstream, expected)
@@ -127,24 +143,18 @@ class CrossEntropy(torch.autograd.Function):
         return None, None, *found[: call.given]
 
 
-def is_spent(ctx):
-    """Whether its gradient went to autograd already."""
-    return hasattr(ctx, "spent")
+def places(tensors):
+    """Where the logits, if they are not gone, and the targets are."""
+    input, target, *_ = tensors
+    return None if input is None else input.data_ptr(), target.data_ptr()
 
 
-def to_hand_out(ctx, gradient):
-    """The gradient that was made ahead, as it may be given to autograd: once, and under a version of its own.
-
-    Whoever gets it may change it, which says nothing of what is saved.
-    """
-    if is_spent(ctx):
-        return None
-    ctx.spent = True
-    if hasattr(ctx, "overwritten"):
-        gradient = ctx.overwritten
-        del ctx.overwritten
-        return gradient
-    return None if gradient is None else gradient.data
+def refitted(call, tensors, kept, expected):
+    """Setup and `Kept` for tensors that hooks on saved tensors brought back elsewhere: in other strides, it may be."""
+    setup = call.implementation.setup_for(call.problem, Tensors(*tensors), call.setup.wanted)
+    if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
+        _, _, kept = setup.forward(tensors, expected)
+    return setup, kept
 
 
 # torch.autograd.Function.apply without what it does for tensors under torch.func, which never come here.
@@ -199,8 +209,10 @@ def sample_weight_gradient(problem, tensors, losses, upstream):
 
 
 def differentiable_gradients(problem, tensors, needed, upstream):
-    """The gradients that are needed, None for the others, by the plain formula: for `create_graph=True` and for upstream
-    gradients under vmap."""
+    """The gradients that are needed, None for the others, by the plain formula.
+
+    That is for `create_graph=True` and for upstream gradients under vmap.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [
@@ -245,18 +257,18 @@ def divisor(expected):
     return torch.where(expected.isfinite() & (expected != 0), expected, 1)
 
 
-def refuse(ctx, plain, upstream):
+def refuse(ctx, plain, upstream, overwritten):
     """Raise RuntimeError where the logits would be needed, but were overwritten, or their gradient was."""
     reason = None
     if plain:
         reason = "for create_graph=True or batched gradients"
     elif upstream.has_stats():
         reason = "for the gradient of a statistic"
-    elif is_spent(ctx):
+    elif overwritten is None:
         reason = "to go through backward a second time"
     if reason:
         raise RuntimeError(f"cross_entropy(..., inplace=True) does not keep the logits, which are needed {reason}")
-    if ctx.overwritten._version != ctx.version:
+    if overwritten._version != ctx.version:
         raise RuntimeError(
             "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
             "gradient in their place"

@@ -1,7 +1,7 @@
 """What the loss can run on, and what the environment asks for.
 
-`XENT_EXT_BACKEND`, read when the package is imported: `torch` gives every call to PyTorch, `triton` gives CPU tensors to
-the Triton kernels too (under Triton's interpreter, or a driver that runs on the CPU). `XENT_EXT_CHECK=1` has class
+`XENT_EXT_BACKEND`, read when the package is imported: `torch` gives every call to PyTorch, `triton` gives CPU tensors
+to the Triton kernels too (under Triton's interpreter, or a driver that runs on the CPU). `XENT_EXT_CHECK=1` has class
 indices checked on every device, at the price of a synchronisation.
 """
 
@@ -28,7 +28,7 @@ def release(version):
 
 
 # Before 2.12 PyTorch's compiler can't trace what is decided in `dispatch` and `call`: it fails at frozen dataclasses,
-# and at the questions whether there is autocast and whether sizes depend on data. And with 2.6 the gradients of a
+# and at the questions whether there is autocast and whether sizes depend on data. And before it, the gradients of a
 # DTensor's shards were found wrong; which release mended them is not known.
 RECENT = release(torch.__version__) >= (2, 12)
 

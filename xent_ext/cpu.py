@@ -35,15 +35,16 @@ LOWEST = -1e4
 
 
 def forward(problem, tensors, wanted, expected):
-    """The loss, and its gradient for the upstream gradient that is `expected`.
+    """The loss, statistics and what `backward` needs: the gradient for the upstream gradient that is `expected`, if any.
 
     The gradient is made now where the reduction is "mean" or "sum", and a gradient is wanted.
     """
     checks.bad_class(problem, tensors)
     rows = Rows(problem, tensors)
     now = problem.reduction != "none"
-    gradient = rows.gradient_memory() if wanted.gradient and now else None
-    losses, stats, slope = rows.walk(gradient, Upstream(expected), wanted.slope and now, problem.stats)
+    makes_gradient = wanted.gradient and now and expected is not None
+    gradient = rows.gradient_memory() if makes_gradient else None
+    losses, stats, slope = rows.walk(gradient, Upstream(expected), wanted.slope and makes_gradient, problem.stats)
     weighted = losses if rows.sample_weight is None else losses * rows.sample_weight
     loss = (weighted.sum() / rows.normalizer()).to(problem.dtype) if now else rows.in_batch(weighted, problem.dtype)
     kept = Kept(gradient, slope, losses=rows.in_batch(losses) if wanted.losses else None)

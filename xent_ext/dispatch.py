@@ -15,6 +15,7 @@ for that: that its arguments are right, and a `Loss`, with its launches.
 
 import torch
 import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum
 
@@ -41,40 +42,46 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def cross_entropy(owner, arguments, options=None):
     """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
-    if not backends.RECENT and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return compiled(owner, arguments, options)
+    if options is None and is_small(arguments.input):
+        return small(arguments)
+    key = key_of(arguments, options)
+    found = _kept.get(key)
+    if found is None:
+        if is_distributed(arguments.input) and backends.BACKEND != "torch":
+            return of_shards(owner, arguments, options)
+        arguments = Arguments(*map(unwrapped, arguments))
+        found = look_at(key, arguments, options)
+    if found is PYTORCH:
+        return torch_cross_entropy(*arguments)
+    if options is None:
+        return found(owner, arguments)[0]  # its first fields are those of `Tensors`
+    return with_options(owner, found, arguments, options)
+
+
+def compiled(owner, arguments, options):
+    """`cross_entropy` in a graph that is being compiled."""
+    if not backends.RECENT:
         return torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, arguments, options)
     if is_distributed(arguments.input) and backends.BACKEND != "torch":
-        from . import sharded  # which imports torch.distributed.tensor
-
-        shards = sharded.Shards(arguments, options)
-        return shards.whole(local(owner, shards.arguments, shards.options))
-    return local(owner, arguments, options)
+        return of_shards(owner, arguments, options)
+    return in_graph(arguments, options)
 
 
 # Breaks a graph that can't have it, which goes on after it.
 outside_graphs = cross_entropy if backends.RECENT else torch.compiler.disable(cross_entropy)
 
 
-def local(owner, arguments, options):
-    """`cross_entropy` of what is here."""
-    if torch.compiler.is_compiling():
-        return in_graph(arguments, options)
-    if options is None and is_small(arguments.input):
-        return small(arguments)
-    key = key_of(arguments, options)
-    found = _kept.get(key)
-    if found is None:
-        arguments = Arguments(*map(unwrapped, arguments))
-        found = look_at(key, arguments, options)
-    if found is PYTORCH:
-        return torch_cross_entropy(*arguments)
-    if options is None:
-        return found(owner, arguments[:3])[0]
-    return with_options(owner, found, arguments, options)
+def of_shards(owner, arguments, options):
+    from . import sharded  # which imports torch.distributed.tensor
+
+    shards = sharded.Shards(arguments, options)
+    return shards.whole(cross_entropy(owner, shards.arguments, shards.options))
 
 
 def in_graph(arguments, options):
-    """`cross_entropy` in a graph that is being compiled."""
+    """`cross_entropy` as a graph of plain tensors has it."""
     if options is None and any(has_unknown_size(tensor) for tensor in arguments[:2]):
         return torch_cross_entropy(*arguments)
     problem, tensors = prepare(arguments, options)
@@ -168,7 +175,7 @@ def key_of(arguments, options):
     try:
         return (
             reduction, ignore_index, label_smoothing, backends.BACKEND, torch.is_grad_enabled(),
-            torch._C._is_any_autocast_enabled() and is_autocast(input),
+            _is_any_autocast_enabled() and is_autocast(input),
             facts(input), facts(target), None if weight is None else facts(weight),
             None if options is None else key_of_options(options),
         )  # fmt: skip
@@ -216,6 +223,11 @@ def is_small(input):
         return False
     if torch.compiler.is_compiling():
         return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
+    return is_quicker_whole(input) and not is_distributed(input)
+
+
+def is_quicker_whole(input):
+    """Whether logits on a CPU are better taken as a whole than in blocks."""
     size = input.numel()
     if size < SMALL:
         return True
@@ -287,11 +299,11 @@ def unsupported(tensors):
 
 def unsupported_here():
     """Why they can take no call now, whatever its tensors, or None."""
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():  # no mode sees into an operator
+    if not torch.compiler.is_compiling() and _len_torch_dispatch_stack():  # no mode sees into an operator
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"

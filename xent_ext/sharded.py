@@ -10,7 +10,7 @@ from .layout import batch_shape, class_axis, visible
 
 
 class Shards:
-    """A call with a `DTensor` of logits that is replicated or sharded on the batch, as the call that is made of it here.
+    """A call with a `DTensor` of logits, replicated or sharded on the batch, and the call that is made of it here.
 
     `arguments` and `options` are those of the shard that is here; `whole` makes its results those of all. A sum or a
     mean is `Partial` over the shards, each of which divides by the normaliser of all. The other tensors are
