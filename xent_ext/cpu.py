@@ -35,7 +35,7 @@ LOWEST = -1e4
 
 
 def forward(problem, tensors, wanted, expected):
-    """The loss, statistics and what `backward` needs: the gradient for the upstream gradient that is `expected`, if any.
+    """The loss, statistics, and for `backward` the gradient for the upstream gradient that is `expected`, if any.
 
     The gradient is made now where the reduction is "mean" or "sum", and a gradient is wanted.
     """
