@@ -255,6 +255,21 @@ def test_wide_wavefronts_come_in_half_as_many(classes):
     assert warps["gfx942"] == max(warps["sm_90"] // 2, 1)
 
 
+def test_few_logits_are_one_tile():
+    """One program makes count, loss and gradient, up to 8192 logits in the bodies of rows."""
+    for rows, classes in ((4, 10), (256, 10), (1024, 10), (8, 1000), (1, 2048)):
+        assert plan(contiguous(rows, classes), 4, 4, DEVICES["sm_90"]).programs == 1
+    for rows, classes in ((1025, 10), (9, 1000)):
+        assert plan(contiguous(rows, classes), 4, 4, DEVICES["sm_90"]).programs > 1
+
+
+def test_two_programs_of_512_threads_share_a_processor():
+    """With 64 registers for each thread; where a row has a second piece, the compiler would spill some."""
+    device = DEVICES["sm_90 with clusters"]
+    assert plan(contiguous(4096, 256000), 4, 4, device).registers == 64
+    assert plan(contiguous(4096, 151936), 4, 4, device).registers == 0
+
+
 # --- The launch numbers of a device
 
 
@@ -296,6 +311,15 @@ def test_a_file_overrides_what_it_names(tuning_file):
     before, after = (replace(DEVICES["sm_90"], tuning=tuning) for tuning in (shipped("cuda", 90), found))
     assert plan(contiguous(4096, 1000), 2, 4, before).rows == 2
     assert plan(contiguous(4096, 1000), 2, 4, after).rows == 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "schedule", "programs"), [(16, "resident", 16), (8, "streaming", 1), (1, "streaming", 1)]
+)
+def test_a_device_whose_clusters_are_slow_may_stream_in_their_place(largest, schedule, programs):
+    tuning = replace(shipped("cuda", 90), largest_cluster=largest)
+    found = plan(contiguous(4096, 262144), 4, 4, replace(DEVICES["sm_90 with clusters"], tuning=tuning))
+    assert (found.schedule, found.num_ctas) == (schedule, programs)
 
 
 def test_a_file_of_all_fields_is_what_it_was_written_from(tuning_file):

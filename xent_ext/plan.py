@@ -32,6 +32,9 @@ class Tuning:
     # program on a processor can then use 128 registers a thread.
     long_row_threads: tuple = choice((128, 256, 512), (256, 512), (512,), (128, 256))
     long_row_tile: int = choice(8192, 4096, 16384)
+    # Programs of the largest cluster. On a chip where they wait for each other for longer than the model knows of, longer
+    # rows are streamed by one program each (1), or only the longest are (8).
+    largest_cluster: int = choice(16, 8, 1)
     # Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows
     # every thread does what belongs to a row for more of them. Narrow rows (and images, whose rows are neighbours) need
     # more of them to fill lines of targets.
@@ -184,7 +187,8 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
         if neighbours:
             found = resident_neighbours(layout, itemsize, most, device, block, rest)
         else:
-            found = resident(layout, most, device, block, rest, edge, device.cluster if accumulated == 4 else 1)
+            cluster = min(device.cluster, device.tuning.largest_cluster) if accumulated == 4 else 1
+            found = resident(layout, most, device, block, rest, edge, cluster)
         if found or schedule:
             return found or cannot(schedule, layout)
     few = layout.rows < device.processors
@@ -203,9 +207,9 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
     if width <= tuning.packed_tile:
         held = min(most, tuning.logits_per_thread)
         tile = min(tuning.narrow_tile if width < NARROW else tuning.packed_tile, MOST_THREADS * held)
-        if layout.outer == 1 and width * next_power_of_2(layout.inner) <= min(WHOLE_TILE, MOST_THREADS * held):
-            tile = max(tile, width * next_power_of_2(layout.inner))
-        rows = min(tile // width, next_power_of_2(layout.inner))
+        all_rows = next_power_of_2(layout.inner)
+        is_whole = layout.outer == 1 and all_rows * block <= min(WHOLE_TILE, MOST_THREADS * held)
+        rows = all_rows if is_whole else min(tile // width, all_rows)
         warps = max(rows * block // held // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
     fewest = min(tuning.long_row_tile // most, SHARING_THREADS)
