@@ -203,7 +203,7 @@ def walk(launch, variant: Variant) -> dict:
     results, gradient, numbers = arguments["results"], arguments["gradient"], arguments["K"]
     if gradient.view is None:
         name = "loss"
-    elif gradient.expected is not None:
+    elif gradient.seen is not None:
         name = "remake"
     else:
         name = "gradient" if results.loss is None else "loss+gradient"

@@ -71,8 +71,8 @@ class Gradient(NamedTuple):
     slope: Pointer | None  # of each row (see xent_ext.problem)
     upstream: Upstream  # its `loss` is one for each row with PER_ROW, else one number
     normalizer: Pointer | None  # PARTS numbers, whose sum it is (see `divisor`)
-    expected: Pointer | None  # the upstream gradient that the gradient is there for already; None: it is not there
-    seen: Pointer | None  # where the upstream gradient is noted, for the next step to expect
+    expected: Pointer | None  # the upstream gradient that it is made ahead for, or was, and misses (see expectation.py)
+    seen: Pointer | None  # where both are noted for the next step to expect; None: the gradient is not there yet
 
 
 class Constants(NamedTuple):

@@ -9,7 +9,7 @@ import triton.language as tl
 from .arguments import Given, Gradient, Results
 from .math import widened
 from .normalizer import divisor
-from .outcome import factors_of, store_gradient, store_results, was_expected, with_point
+from .outcome import factors_of, rows_to_store, store_gradient, store_results, was_expected, with_point
 from .pieces import body_of, read, rest_of, store
 from .rows import rows_of, share_of, store_rows
 from .saved import load_saved
@@ -26,7 +26,7 @@ def gradient(
     ignore_index: tl.int64,
     K: tl.constexpr,  # Constants
 ):
-    if gradient.expected is not None and was_expected(gradient, K):
+    if gradient.seen is not None and was_expected(gradient, K):
         return
     blocks = 1 if gradient.view is None else tl.cdiv(given.target.classes, K.BLOCK)
     turns = share_of(tiles * blocks) if K.TURNS else 1  # a constant: no loop is compiled
@@ -41,6 +41,7 @@ def gradient(
                 store_results(results, given, rows, row, 1.0, K)
         if gradient.view is not None:
             total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
+            rows = rows_to_store(rows, gradient)
             factors = factors_of(gradient, given, rows, row, total, K)
             body = read(given, rows, body_of(rows, block * K.BLOCK, given.target.classes, K), K)
             slope = store_gradient(gradient, given, rows, body, factors, K)

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from ..backends import is_capturing
+from ..expectation import first_expected
 from ..plan import PORTABLE_CLUSTER, SCHEDULES
 from ..problem import Problem, Tensors, Wanted
 from .device import device_properties
@@ -77,7 +78,7 @@ def check_clusters(device, plan):
     clustered = dataclasses.replace(plan, programs=3, rest=0, edge=0)
     block = plan.block // plan.num_ctas
     streamed = dataclasses.replace(clustered, schedule="streaming", block=block, num_ctas=1, at_once=3)
-    properties, one = device_properties(device.index or 0), torch.ones((), device=device)
+    properties, one = device_properties(device.index or 0), first_expected(device, torch.float32)
     try:
         (loss, _, kept), (expected_loss, _, expected) = (
             Setup(problem, Wanted(gradient=True), signatures(tensors), properties, planned=each).forward(tensors, one)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .. import expectation
 from .math import (
     Summary,
     entropy,
@@ -18,8 +19,9 @@ from .math import (
     widened,
 )
 from .pieces import store
-from .rows import load_rows, store_rows
+from .rows import Rows, load_rows, store_rows
 
+MOST_MISSES = tl.constexpr(expectation.MOST_MISSES)
 # From this width on a thread holds several vectors of a row.
 SEVERAL_VECTORS = tl.constexpr(1024)
 
@@ -75,11 +77,27 @@ def store_results(results, given, rows, row, total, K):
 
 @triton.jit
 def was_expected(gradient, K):
-    """Whether the upstream gradient is the expected one; notes it."""
+    """Whether the gradient is there, for this upstream gradient; notes what to expect the next time."""
     upstream = widened(tl.load(gradient.upstream.loss), K)
+    misses = tl.load(gradient.expected + 1)
+    same = upstream == tl.load(gradient.expected)
     if tl.program_id(0) == 0:
         tl.store(gradient.seen, upstream)
-    return upstream == tl.load(gradient.expected)
+        tl.store(gradient.seen + 1, tl.where(same, 0.0, tl.minimum(misses + 1, MOST_MISSES)))
+    return same & (misses < MOST_MISSES)
+
+
+@triton.jit
+def rows_to_store(rows, gradient):
+    """The rows whose gradient is made: none of them ahead of a backward that is not foreseen."""
+    if gradient.expected is not None and gradient.seen is None:
+        foreseen = tl.load(gradient.expected + 1 + tl.zeros_like(rows.target)) < MOST_MISSES
+        rows = Rows(
+            tile=rows.tile, outer=rows.outer, inner=rows.inner, skip=rows.skip, number=rows.number,
+            live=rows.live & foreseen, counted=rows.counted & foreseen, target=rows.target, point=rows.point, z=rows.z,
+            weight=rows.weight, smoothing=rows.smoothing,
+        )  # fmt: skip
+    return rows
 
 
 @triton.jit

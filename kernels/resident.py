@@ -6,7 +6,7 @@ import triton.language as tl
 from .arguments import Given, Gradient, Results
 from .math import joined
 from .normalizer import divisor
-from .outcome import factors_of, store_gradient, store_results, was_expected, with_point
+from .outcome import factors_of, rows_to_store, store_gradient, store_results, was_expected, with_point
 from .pieces import body_of, read, rest_of, summarised
 from .rows import rows_of, share_of, store_rows
 
@@ -21,7 +21,7 @@ def resident(
     ignore_index: tl.int64,
     K: tl.constexpr,  # Constants
 ):
-    if gradient.expected is not None and was_expected(gradient, K):
+    if gradient.seen is not None and was_expected(gradient, K):
         return
     turns = share_of(tiles) if K.TURNS else 1  # a constant: no loop is compiled
     for turn in range(turns):
@@ -43,6 +43,7 @@ def resident(
         if results.loss is not None:
             store_results(results, given, rows, row, total, K)
         if gradient.view is not None:
+            rows = rows_to_store(rows, gradient)
             factors = factors_of(gradient, given, rows, row, total, K)
             slope = store_gradient(gradient, given, rows, body, factors, K)
             if K.REST > 0:

@@ -140,7 +140,7 @@ class Setup:
             memory = self.new_gradient(tensors, given)
             slope = self.new_slope() if self.wanted.slope else None
             upstream = Upstream(expected)
-            gradient = self.view(memory), slope, upstream, normalizer, None, None
+            gradient = self.view(memory), slope, upstream, normalizer, expected, None
         elif launches.whole:  # one program divides by it
             gradient = *NO_GRADIENT[:3], normalizer, None, None
         results = self.new_results()
@@ -194,7 +194,7 @@ class Setup:
         view = self.view(kept.gradient)
         given = view, (None, None, None, None, None, self.classes), *NO_OPTIONS[1:], *self.numbers
         self.launches.rescale(given, (view, None, Upstream(upstream), None, expected, seen))
-        slope = None if kept.slope is None else kept.slope * (upstream.to(self.acc) / expected)
+        slope = None if kept.slope is None else kept.slope * (upstream.to(self.acc) / expected[0])
         return kept.gradient, slope, seen
 
     def view(self, memory):

@@ -11,7 +11,7 @@ import triton.language as tl
 from .arguments import Given, Gradient, Results
 from .math import merge, nothing
 from .normalizer import divisor
-from .outcome import factors_of, store_gradient, store_results, with_point
+from .outcome import factors_of, rows_to_store, store_gradient, store_results, with_point
 from .pieces import Columns, body_of, read, rest_of, summarised
 from .rows import rows_of, store_rows
 from .saved import save
@@ -63,6 +63,7 @@ def streaming(
             store_results(results, given, rows, row, 1.0, K)
         if gradient.view is not None:
             total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
+            rows = rows_to_store(rows, gradient)
             factors = factors_of(gradient, given, rows, row, total, K)
             slope = tl.zeros_like(row.m)
             blocks = tl.cdiv(given.target.classes, K.BLOCK)

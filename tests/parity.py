@@ -220,5 +220,5 @@ def made_ahead(loss):
 
 def expectation_of(loss):
     """The upstream gradient that it was made for."""
-    _, _, expected, *_ = loss.grad_fn.of_call
-    return expected
+    _, _, (upstream, _), *_ = loss.grad_fn.of_call
+    return upstream

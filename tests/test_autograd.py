@@ -86,8 +86,8 @@ def test_any_factor_gives_the_bits_of_a_direct_computation(fused, device, dtype,
         upstream = torch.full_like(loss, factor)
         with torch.no_grad():
             setup = implementation.setup_for(fused[0], tensors, wanted)
-            _, _, kept = setup.forward(tensors, torch.ones_like(loss))
-            direct, _, _ = setup.backward(tensors, kept._replace(gradient=None), Upstream(upstream), None)
+            _, _, kept = setup.forward(tensors, None)
+            direct, _, _ = setup.backward(tensors, kept, Upstream(upstream), None)
         loss = xent_ext.cross_entropy(**args, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(gradient(loss, args["input"], upstream), direct, rtol=0, atol=0, equal_nan=True)
 
@@ -104,12 +104,54 @@ def test_the_last_factor_is_expected_again(fused, device, reduction, criterion):
             return module(args["input"], args["target"])
         return xent_ext.cross_entropy(**args, reduction=reduction)
 
-    for factor in (1.0, 0.25, 0.25, 3.0, 1.0):
+    for factor in (1.0, 0.25, 0.25, 3.0, 3.0, 1.0):
         upstream = torch.full_like(loss(), factor)
         single = gradient(loss(), args["input"], upstream)
         assert torch.equal(made_ahead(loss()), single)
         other = gradient(F.cross_entropy(**args, reduction=reduction), args["input"], upstream)
         torch.testing.assert_close(single, other)
+
+
+FILL = 7.0  # what memory for a gradient holds before anything is stored there
+
+
+@pytest.fixture
+def filled_memory(monkeypatch):
+    """Memory for gradients is filled, so that what is not stored is seen."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: empty_like(tensor, **options).fill_(FILL))
+
+
+def copies_moved(module, args, factor):
+    """Copies of the logits that a step reads and writes, by what its passes store; and the gradient."""
+    loss = module(args["input"], args["target"])
+    made = made_ahead(loss)
+    stored = made is not None and not (made == FILL).all().item()
+    before = made.clone() if stored else None
+    (found,) = torch.autograd.grad(loss, args["input"], torch.full_like(loss, factor))
+    made_again = not (stored and torch.equal(before, found))
+    return 1 + stored + 2 * made_again, found
+
+
+@pytest.mark.parametrize(
+    ("factors", "most"),
+    [
+        ([0.25] * 20, 2),
+        ([1 / n for n in range(3, 23)], 3),
+        ([0.5, 2.0] * 10, 3),
+        ([1 + n // 8 for n in range(24)], 2.25),  # again at one step of 8
+    ],
+    ids=["constant", "another each time", "alternating", "another every 8th time"],
+)
+def test_a_factor_that_changes_costs_one_more_reading(fused, device, filled_memory, factors, most):
+    """Two reads and one write where no factor is foreseen: no gradient is stored that would be made again."""
+    args, module = call(device=device), xent_ext.CrossEntropyLoss()
+    steps = [copies_moved(module, args, factor) for factor in factors]
+    warm = [copies for copies, _ in steps][4:]
+    assert sum(warm) / len(warm) <= most
+    for (_, found), factor in zip(steps, factors, strict=True):
+        loss = xent_ext.CrossEntropyLoss()(args["input"], args["target"])
+        assert torch.equal(found, gradient(loss, args["input"], torch.full_like(loss, factor)))
 
 
 def test_modules_have_expectations_of_their_own(fused, device):

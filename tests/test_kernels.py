@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import check, made_ahead, make
+from test_autograd import copies_moved, filled_memory  # noqa: F401
 
 import xent_ext
 from xent_ext import backends, plan
@@ -338,6 +339,19 @@ def test_a_factor_that_repeats_is_made_in_the_forward_pass(shape):
         (xent_ext.CrossEntropyLoss()(fresh, target) * factor).backward()
         assert torch.equal(x.grad, fresh.grad)
     assert right == [False, True, True, False, True, False, True]
+
+
+def test_no_gradient_is_stored_where_no_factor_is_foreseen(shape, filled_memory):  # noqa: F811
+    """After two misses; one that comes twice in a row is foreseen again."""
+    input, target, _ = make(shape, ignored=0.3, device=DEVICE)
+    args, module = {"input": input.requires_grad_(), "target": target}, xent_ext.CrossEntropyLoss()
+    moved = []
+    for factor in (1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 6.0):
+        copies, found = copies_moved(module, args, factor)
+        moved.append(copies)
+        loss = xent_ext.CrossEntropyLoss()(**args)
+        assert torch.equal(found, torch.autograd.grad(loss, args["input"], torch.full_like(loss, factor))[0])
+    assert moved == [2, 4, 4, 3, 3, 3, 2, 4, 2]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -253,8 +253,9 @@ class Overwritten(torch.autograd.Function):
 
 
 def divisor(expected):
-    """What the gradient can be made for and divided by again: 1 in place of 0, infinity and NaN."""
-    return torch.where(expected.isfinite() & (expected != 0), expected, 1)
+    """What the gradient can be made for and divided by again: 1 in place of 0, infinity and NaN; as if never missed."""
+    factor, misses = expected
+    return torch.stack((torch.where(factor.isfinite() & (factor != 0), factor, 1), torch.zeros_like(misses)))
 
 
 def refuse(ctx, plain, upstream, overwritten):

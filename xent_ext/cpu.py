@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks
+from .expectation import MOST_MISSES, compared
 from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
 from .problem import NUMBERS, Kept, Problem, Tensors, Upstream, Wanted, number
@@ -42,9 +43,10 @@ def forward(problem, tensors, wanted, expected):
     checks.bad_class(problem, tensors)
     rows = Rows(problem, tensors)
     now = problem.reduction != "none"
-    makes_gradient = wanted.gradient and now and expected is not None
+    factor, misses = (None, 0) if expected is None else expected
+    makes_gradient = wanted.gradient and now and expected is not None and misses < MOST_MISSES
     gradient = rows.gradient_memory() if makes_gradient else None
-    losses, stats, slope = rows.walk(gradient, Upstream(expected), wanted.slope and makes_gradient, problem.stats)
+    losses, stats, slope = rows.walk(gradient, Upstream(factor), wanted.slope and makes_gradient, problem.stats)
     weighted = losses if rows.sample_weight is None else losses * rows.sample_weight
     loss = (weighted.sum() / rows.normalizer()).to(problem.dtype) if now else rows.in_batch(weighted, problem.dtype)
     kept = Kept(gradient, slope, losses=rows.in_batch(losses) if wanted.losses else None)
@@ -56,12 +58,14 @@ def backward(problem, tensors, wanted, kept, upstream, expected):
 
     That is `kept.gradient`, the gradient for `expected`, as it is where `upstream` is the same; or else overwritten.
     """
+    was_expected, seen = False, None
+    if expected is not None and upstream.loss is not None and problem.reduction != "none":
+        was_expected, seen = compared(upstream.loss, expected)
     ahead = kept.gradient is not None
-    seen = upstream.loss.clone() if ahead and upstream.loss is not None else None
-    if ahead and not upstream.has_stats() and upstream.loss == expected:
+    if ahead and was_expected and not upstream.has_stats():
         return kept.gradient, kept.slope, seen
     if problem.inplace:
-        factor = upstream.loss.to(accumulation_dtype(problem.dtype)) / expected
+        factor = upstream.loss.to(accumulation_dtype(problem.dtype)) / expected[0]
         return kept.gradient.mul_(factor), None if kept.slope is None else kept.slope * factor, seen
     rows = Rows(problem, tensors)
     gradient = kept.gradient if ahead else rows.gradient_memory()

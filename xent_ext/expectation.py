@@ -1,4 +1,10 @@
-"""What upstream gradient the next backward is expected to have: the one that the last had, at first 1."""
+"""What upstream gradient the next backward is expected to have: the one that the last had, at first 1.
+
+What is expected is two numbers on the device: that upstream gradient, and how many of the last ones in a row were not
+the expected ones. After two such misses a forward pass stores no gradient ahead, as it would be made again: a loss that
+is divided by another number at each step costs one more reading of the logits than a constant one, not two more passes.
+An upstream gradient that is seen twice in a row is foreseen again. On a GPU nothing of this is read by the host.
+"""
 
 import functools
 import weakref
@@ -8,9 +14,23 @@ import torch
 from .backends import is_capturing
 from .reference import accumulation_dtype
 
+MOST_MISSES = 2
+
+
+def first_expected(device, dtype):
+    """1, with no misses."""
+    return torch.arange(1, -1, -1, device=device, dtype=dtype)
+
+
+def compared(upstream, expected):
+    """Whether an upstream gradient is the expected one, and what to expect after it; on a CPU. So do the kernels."""
+    (factor, misses), now = expected.tolist(), upstream.item()
+    was_expected = now == factor
+    return was_expected, expected.new_tensor((now, 0 if was_expected else min(misses + 1, MOST_MISSES)))
+
 
 class Expectation:
-    """The upstream gradient that is expected, a 0-dim tensor.
+    """The upstream gradient that is expected, with its misses, [2].
 
     It stays on its device, and is for the CUDA stream that wrote it: another could read it too early. A captured CUDA
     graph can neither read what may be freed later nor leave what it allocated: it expects 1.
@@ -24,7 +44,7 @@ class Expectation:
         here = queue_of(input, problem)
         if here is not None and here == self.queue:
             return self.upstream
-        first = torch.ones((), dtype=accumulation_dtype(problem.dtype), device=input.device)
+        first = first_expected(input.device, accumulation_dtype(problem.dtype))
         self.note(first, input, problem)
         return first
 

@@ -104,7 +104,8 @@ def made_for(upstream, problem, tensors, wanted):
         # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
         factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
         problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
-        expected = torch.ones((), dtype=expected.dtype, device=expected.device)
+        expected = expected.new_ones(())
+    expected = torch.stack((expected, torch.zeros_like(expected)))
     _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
     return kept
 

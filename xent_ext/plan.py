@@ -32,8 +32,8 @@ class Tuning:
     # program on a processor can then use 128 registers a thread.
     long_row_threads: tuple = choice((128, 256, 512), (256, 512), (512,), (128, 256))
     long_row_tile: int = choice(8192, 4096, 16384)
-    # Programs of the largest cluster. On a chip where they wait for each other for longer than the model knows of, longer
-    # rows are streamed by one program each (1), or only the longest are (8).
+    # Programs of the largest cluster. On a chip where they wait for each other for longer than the model knows of, all
+    # longer rows are streamed by one program each (1), or only the longest (8).
     largest_cluster: int = choice(16, 8, 1)
     # Short rows share a program. In 2048 logits a row of 1000 classes has a warp for each half; in a tile of more rows
     # every thread does what belongs to a row for more of them. Narrow rows (and images, whose rows are neighbours) need
