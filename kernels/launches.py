@@ -5,7 +5,18 @@ import functools
 import torch
 
 from ..layout import arrange_call, visible
-from ..plan import FEW_ROWS, REDUCTION, gradient_plan, is_wide, next_power_of_2, parts, plan, vectors, waiting
+from ..plan import (
+    counted_by_all,
+    counting,
+    gradient_plan,
+    is_wide,
+    next_power_of_2,
+    parts,
+    plan,
+    reduction,
+    vectors,
+    waiting,
+)
 from ..problem import Tensors
 from ..reference import accumulation_dtype
 from .arguments import Constants
@@ -145,38 +156,47 @@ class Launches:
     @functools.cached_property
     def count(self):
         """The normaliser's only or partial sums; None where there are few rows, or where it is known already."""
-        if not self.counts_rows or self.layout.rows <= FEW_ROWS or self.whole:
+        if not self.counts_rows or self.counted_by_all():
             return None
-        programs, span = parts(self.layout.rows)
-        return self.reduction(normalizer_parts, programs, self.layout.rows, span)
+        programs, span = counting(self.layout)
+        numbers = self.layout.rows, span, self.problem.ignore_index
+        return self.reduction(normalizer_parts, programs, span, numbers)
 
     @functools.cached_property
     def partial_sums(self):
         """None where one program sums the losses."""
         programs, span = parts(self.plan.programs)
-        return self.reduction(sum_parts, programs, self.plan.programs, span, self.layout.rows) if programs > 1 else None
+        return self.sum_of(programs, self.plan.programs, span) if programs > 1 else None
 
     @functools.cached_property
     def sum(self):
         programs, _ = parts(self.plan.programs)
         losses = self.plan.programs if programs == 1 else programs
-        return self.reduction(sum_parts, 1, losses, losses, self.layout.rows, **self.mean)
+        return self.sum_of(1, losses, losses, **self.mean)
 
-    def reduction(self, kernel, programs, *numbers, **mean):
-        numbers += (self.problem.ignore_index,)
-        constants = Constants(BLOCK=REDUCTION["BLOCK"], DOUBLE=self.acc == torch.float64, **mean)
-        return Launch(kernel, programs, *numbers, constants, num_warps=REDUCTION["num_warps"])
+    def counted_by_all(self):
+        """Up to how many rows every program counts that needs their number; 0 where they are counted before."""
+        return next_power_of_2(self.layout.rows) if self.whole else counted_by_all(self.layout.rows)
+
+    def sum_of(self, programs, losses, span, **mean):
+        """Sums of so many losses each, by so many programs."""
+        numbers = losses, span, self.layout.rows, self.problem.ignore_index
+        return self.reduction(sum_parts, programs, span, numbers, **mean)
+
+    def reduction(self, kernel, programs, span, numbers, **mean):
+        block, num_warps = reduction(span, self.device)
+        constants = Constants(BLOCK=block, DOUBLE=self.acc == torch.float64, **mean)
+        return Launch(kernel, programs, *numbers, constants, num_warps=num_warps)
 
     # Constants
 
     @functools.cached_property
     def mean(self):
         """Those that say what the normaliser is."""
-        few = max(FEW_ROWS, next_power_of_2(self.layout.rows) if self.whole else 0)
         return {
             "MEAN": self.problem.reduction == "mean",
             "PARTS": self.count.programs if self.count else 1,
-            "COUNT": few if self.counts_rows and self.count is None else 0,
+            "COUNT": self.counted_by_all() if self.counts_rows else 0,
             "NOT_ZERO": self.problem.on_all_ignored == "zero",
         }
 

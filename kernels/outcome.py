@@ -91,11 +91,13 @@ def was_expected(gradient, K):
 def rows_to_store(rows, gradient):
     """The rows whose gradient is made: none of them ahead of a backward that is not foreseen."""
     if gradient.expected is not None and gradient.seen is None:
-        foreseen = tl.load(gradient.expected + 1 + tl.zeros_like(rows.target)) < MOST_MISSES
+        foreseen = (tl.load(gradient.expected + 1) < MOST_MISSES).to(tl.int32)
+        live = rows.live.to(tl.int32) * foreseen > 0  # (by & the interpreter joins no mask with one number)
+        counted = rows.counted.to(tl.int32) * foreseen > 0
         rows = Rows(
-            tile=rows.tile, outer=rows.outer, inner=rows.inner, skip=rows.skip, number=rows.number,
-            live=rows.live & foreseen, counted=rows.counted & foreseen, target=rows.target, point=rows.point, z=rows.z,
-            weight=rows.weight, smoothing=rows.smoothing,
+            tile=rows.tile, outer=rows.outer, inner=rows.inner, skip=rows.skip, number=rows.number, live=live,
+            counted=counted, target=rows.target, point=rows.point, z=rows.z, weight=rows.weight,
+            smoothing=rows.smoothing,
         )  # fmt: skip
     return rows
 

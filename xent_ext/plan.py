@@ -143,13 +143,18 @@ SHARING_REGISTERS = 64
 SECTOR = 32
 # Two tiles for a row where the second is at most a quarter of the first: a thread then holds few logits more.
 FULL = 0.625
+# Or half of the first, where the row is narrow: instructions bound it, and of 16 classes for 11 five are padding. Not
+# with a dense target mass, which is held beside every logit: some would spill.
+NARROW_FULL = 0.75
 # Rows of fewer vectors are not worth a second tile for their ends, which is two vectors wide.
 SHORTEST_BODY = 8
 # Rows whose accesses are not vectors keep an address for each logit; short ones can afford it.
 LONG_ROW = 4096
-# Programs for each processor that do a pass in turns if there is anything to do: enough to fill it, and few where there
-# is not, as a program that returns at once costs about a nanosecond.
-WAITING = 16
+# Programs for each processor that do a pass in turns if there is anything to do, and their threads: as many as fit at
+# once, to fill it; more would only wait, and a program that returns at once costs about a nanosecond. Of those that
+# hold rows 512 threads fit, with up to 128 registers each; of those that make a gradient from summaries, 1024.
+WAITING = 8
+WAITING_THREADS = {"resident": 512, "gradient": 1024}
 # The size of L2 where PyTorch cannot be asked: A100, H100, B200, and the Infinity Cache of an MI300X.
 L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20, "gfx942": 256 << 20}
 
@@ -183,7 +188,7 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
     edge = edge_vector(layout, itemsize) if aligned else 0
     most = most_logits_per_thread(layout, itemsize, accumulated, dense, edge)
     if schedule in (None, "resident"):
-        block, rest = pieces(layout.classes, edge)
+        block, rest = pieces(layout.classes, edge, dense)
         if neighbours:
             found = resident_neighbours(layout, itemsize, most, device, block, rest)
         else:
@@ -210,7 +215,8 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
         all_rows = next_power_of_2(layout.inner)
         is_whole = layout.outer == 1 and all_rows * block <= min(WHOLE_TILE, MOST_THREADS * held)
         rows = all_rows if is_whole else min(tile // width, all_rows)
-        warps = max(rows * block // held // device.lanes, 1)
+        # A second tile of half the first counts in full: 32 + 16 logits a thread take up to 255 registers.
+        warps = max(rows * (width if 2 * rest == block else block) // held // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
     fewest = min(tuning.long_row_tile // most, SHARING_THREADS)
     for cluster, threads in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), tuning.long_row_threads):
@@ -276,13 +282,14 @@ def streams(logits, itemsize, device):
     return max(min(fitting, device.processors), device.processors // itemsize)
 
 
-def pieces(classes, edge):
+def pieces(classes, edge, dense=False):
     """(classes of the body, a power of two; classes of the rest) of a row that is held whole."""
     if edge:
         return next_power_of_2(classes // edge * edge), 2 * edge
     whole = next_power_of_2(classes)
     rest = next_power_of_2(classes - whole // 2)
-    return (whole // 2, rest) if classes > 1 and whole // 2 + rest <= FULL * whole else (whole, 0)
+    full = NARROW_FULL if whole <= NARROW and not dense else FULL
+    return (whole // 2, rest) if classes > 1 and whole // 2 + rest <= full * whole else (whole, 0)
 
 
 def edge_vector(layout, itemsize):
@@ -304,7 +311,8 @@ def waiting(plan, accumulated, device):
 
     In double precision one for each tile: its exponential branches, and such code in a loop could not be checked.
     """
-    few = max(device.processors * WAITING // plan.num_ctas, 1)
+    for_each = min(WAITING, max(WAITING_THREADS[plan.schedule] // (plan.num_warps * device.lanes), 1))
+    few = max(device.processors * for_each // plan.num_ctas, 1)
     return min(plan.programs, few) if accumulated == 4 else plan.programs
 
 
@@ -339,13 +347,36 @@ def is_wide(layout, plan):
 # over 128 programs, whose sums every program of the main kernel adds up, one load for each of its threads.
 ROWS_PER_PROGRAM = 16384
 PARTS = 128
-# Up to this many rows are counted by every program that needs their number: one launch less.
-FEW_ROWS = 256
-REDUCTION = {"BLOCK": 4096, "num_warps": 16}
+# Short rows are counted by one program only where it needs to wait for memory once. Beside long ones four times are
+# nothing, and to add up parts takes registers there: 128 in place of 96 at 32000 classes.
+SHORT_ROWS_PER_PROGRAM = 4096
+# Up to this many rows are counted by every program that needs their number: one launch less. The second is 8 KB of
+# class indices for each program, from L2.
+FEW_ROWS = (256, 1024)
+# Numbers that a program of either adds up at one go, 8 for a thread: more threads only where there are more numbers, as
+# masked ones cost as much.
+AT_ONCE = (1024, 4096, 8192)
+NUMBERS_PER_THREAD = 8
 
 
-def parts(count):
-    """(programs, elements for each) of a sum over `count` numbers."""
-    if count <= ROWS_PER_PROGRAM:
+def counted_by_all(rows):
+    """Up to how many rows every program counts, where there are so few; else 0."""
+    return next((few for few in FEW_ROWS if rows <= few), 0)
+
+
+def counting(layout):
+    """`parts` of the normaliser."""
+    return parts(layout.rows, ROWS_PER_PROGRAM if layout.classes > LONG_ROW else SHORT_ROWS_PER_PROGRAM)
+
+
+def reduction(span, device):
+    """(numbers at one go, warps) of a program that adds up `span` numbers."""
+    block = next((block for block in AT_ONCE if span <= block), AT_ONCE[-1])
+    return block, block // NUMBERS_PER_THREAD // device.lanes
+
+
+def parts(count, for_one=ROWS_PER_PROGRAM):
+    """(programs, elements for each) of a sum over `count` numbers, of which one program takes up to `for_one`."""
+    if count <= for_one:
         return 1, max(count, 1)
     return PARTS, -(-count // PARTS)
