@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent_ext
 from bench import machine
-from xent_ext import backends, cpu, expectation
+from xent_ext import ahead, backends, cpu, expectation
 from xent_ext.problem import Tensors, Upstream, Wanted
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -604,3 +604,65 @@ def test_debugging_modes(cpu_blocks, reduction):
             assert torch.equal(gradient(loss, args["input"]), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# --- Several losses in one graph
+
+
+@pytest.fixture
+def every_size(monkeypatch):
+    """Gradients are counted however small, from none on."""
+    monkeypatch.setattr(ahead, "LARGE", 0)
+    ahead.on_device.cache_clear()
+    yield
+    ahead.on_device.cache_clear()
+
+
+def test_two_gradients_are_made_ahead_at_a_time(fused, device, every_size):
+    """Further losses leave theirs to backward, with the same bits; a step of two losses has both ahead again."""
+    args = call(device=device)
+    alone = gradient(xent_ext.cross_entropy(**args), args["input"], torch.ones((), device=device))
+    for count in (5, 2, 3):
+        losses = [xent_ext.cross_entropy(**args) for _ in range(count)]
+        assert [made_ahead(loss) is not None for loss in losses] == [place < 2 for place in range(count)]
+        for loss in losses:
+            assert torch.equal(gradient(loss, args["input"], torch.ones_like(loss)), alone)
+
+
+def test_losses_without_backward_do_not_slow_others_for_ever(fused, device, every_size):
+    """Neither those whose graph is gone, nor those that someone keeps."""
+    args = call(device=device)
+    for _ in range(5):
+        assert made_ahead(xent_ext.cross_entropy(**args)) is not None
+    kept = [xent_ext.cross_entropy(**args) for _ in range(2)]
+    found = []
+    for _ in range(ahead.PATIENCE + 5):
+        loss = xent_ext.cross_entropy(**args)
+        found.append(made_ahead(loss) is not None)
+        loss.backward()
+    assert not found[0]
+    assert all(found[-3:])
+    assert all(made_ahead(loss) is not None for loss in kept)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_keeps_no_gradient(fused, device, use_reentrant):
+    """Nothing of the logits' size is made for tensors that hooks throw away."""
+    args = call((64, 40), device=device)
+    made = []
+
+    def loss(input):
+        found = xent_ext.cross_entropy(2 * input, args["target"])
+        if found.grad_fn is not None:
+            call, *_ = found.grad_fn.of_call
+            made.append((found.grad_fn.of_call[2] is not None, torch.is_grad_enabled()))
+        return found
+
+    found = checkpoint(loss, args["input"], use_reentrant=use_reentrant)
+    (given,) = torch.autograd.grad(found, args["input"]) if not use_reentrant else (None,)
+    if use_reentrant:
+        found.backward()
+        given = args["input"].grad
+    torch.testing.assert_close(given, gradient(loss(args["input"]), args["input"], torch.ones_like(found)))
+    if not use_reentrant:
+        assert not made[0][0]

@@ -27,6 +27,7 @@ import dataclasses
 import torch
 
 from . import reference
+from .ahead import ahead_on
 from .expectation import expectation_of, shared_expectation
 from .problem import Kept, Tensors, Upstream, Wanted
 
@@ -43,7 +44,10 @@ def is_batched(upstream):
 
 
 def saved_tensors_hooks():
-    """Hooks that all tensors go through that are saved now, or None."""
+    """Hooks that all tensors go through that are saved now, or None.
+
+    They copy what is saved elsewhere, or throw it away: nothing of the logits' size is made for them.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
@@ -59,6 +63,8 @@ class Loss:
         self.given = max(place for place, tensor in enumerate(tensors) if tensor is not None) + 1
         self.setup = implementation.setup_for(problem, tensors, wanted(needed) if self.recorded else Wanted())
         self.expectation = shared_expectation(problem, tensors.input.device)  # of calls without a module
+        self.may_be_ahead = self.recorded and problem.reduction != "none"
+        self.ahead = ahead_on(tensors.input)
         self.only_input = not (needed.sample_weight or needed.logit_scale)
         self.no_gradients = (None,) * (2 + self.given)
 
@@ -92,15 +98,17 @@ class CrossEntropy(torch.autograd.Function):
         expected = None
         if problem.inplace:
             expected = divisor(expectation.get(tensors[0], problem))
-        elif saved_tensors_hooks() is None:  # else what is made ahead would be copied elsewhere, or thrown away
+        elif call.may_be_ahead and (call.ahead is None or call.ahead.has_room()) and saved_tensors_hooks() is None:
             expected = expectation.get(tensors[0], problem)
         loss, stats, kept = setup.forward(tensors, expected)
         overwritten = None
         if problem.inplace:  # the gradient has the memory of the logits, and their version
             overwritten, kept = kept.gradient, kept._replace(gradient=None)
             tensors = None, *tensors[1:]
+        elif call.ahead is not None and kept.gradient is not None:
+            call.ahead.made(kept.gradient)
         ctx.save_for_backward(*tensors, *kept[: setup.keeps])
-        ctx.of_call = call, expectation, expected, overwritten, places(tensors)
+        ctx.of_call = call, expectation, expected, overwritten, place_of(tensors[0])
         ctx.set_materialize_grads(False)
         if not stats:
             return loss
@@ -123,13 +131,15 @@ class CrossEntropy(torch.autograd.Function):
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
         gradient, *others = saved[call.given :]
+        if call.ahead is not None:
+            call.ahead.went_back(gradient)
         if expected is None:  # it went to autograd already
             gradient = None
         elif gradient is not None:  # whoever gets it may change it, which says nothing of what is saved
             gradient = gradient.data
         kept = Kept(overwritten if gradient is None else gradient, *others)
         ctx.of_call = call, expectation, None, None, where
-        if places(tensors) != where:
+        if place_of(tensors[0]) != where:
             setup, kept = refitted(call, tensors, kept, expected)
         gradient = slope = None
         if setup.wanted.gradient:
@@ -143,10 +153,9 @@ class CrossEntropy(torch.autograd.Function):
         return None, None, *found[: call.given]
 
 
-def places(tensors):
-    """Where the logits, if they are not gone, and the targets are."""
-    input, target, *_ = tensors
-    return None if input is None else input.data_ptr(), target.data_ptr()
+def place_of(logits):
+    """Where the logits are, if they are not gone: elsewhere if hooks on what is saved brought others."""
+    return None if logits is None else logits.data_ptr()
 
 
 def refitted(call, tensors, kept, expected):
