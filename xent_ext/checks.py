@@ -21,6 +21,7 @@ from torch.nn import _reduction
 from .layout import batch_shape, class_axis, visible
 from .problem import CrossEntropyStats
 
+_NUMPY_SCALARS: tuple[type, ...]
 try:
     from numpy import bool_, number
 
@@ -65,7 +66,7 @@ def integer_ignore_index(ignore_index) -> int:
     return ignore_index
 
 
-def _index(value) -> int:
+def _index(value):
     if isinstance(value, torch.SymInt):
         return value
     message = f"ignore_index must be an int, got {_described(value)}"
