@@ -1,5 +1,6 @@
 """The options for training: `reference` against plain PyTorch calls, everything else against `reference`."""
 
+import collections.abc
 import dataclasses
 import itertools
 import pickle
@@ -384,7 +385,23 @@ def test_nothing_is_read_from_the_device():
 # --- Statistics
 
 
-@pytest.mark.parametrize("names", [("lse",), ("entropy", "correct"), ["accuracy"], EVERY], ids=str)
+class Names(collections.abc.Sequence):
+    """As those of configurations, which may change, and of which each is equal to itself alone."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __getitem__(self, index):
+        return self.names[index]
+
+    def __len__(self):
+        return len(self.names)
+
+
+LISTS = [("lse",), ("entropy", "correct"), ["accuracy"], Names("lse", "accuracy"), EVERY]
+
+
+@pytest.mark.parametrize("names", LISTS, ids=lambda names: " ".join(names))
 @both_targets
 def test_only_the_statistics_asked_for(many_blocks, names, probabilities):
     args = call(probabilities=probabilities)
@@ -392,6 +409,13 @@ def test_only_the_statistics_asked_for(many_blocks, names, probabilities):
     assert isinstance(stats, xent_ext.CrossEntropyStats)
     assert set(flat((loss, stats))) == {"loss", *names}
     torch.testing.assert_close(flat((loss, stats)), flat(plain(**args, return_stats=names)))
+
+
+def test_names_are_read_in_each_call(many_blocks):
+    names, args = Names("lse"), call()
+    xent_ext.cross_entropy(**args, return_stats=names)
+    names.names = ("entropy",)
+    assert set(flat(xent_ext.cross_entropy(**args, return_stats=names))) == {"loss", "entropy"}
 
 
 def test_ties_and_masked_logits(many_blocks):
@@ -679,6 +703,8 @@ WRONG = {
     ),
     "return_stats name": (ValueError, {"return_stats": ("lse", "perplexity")}),
     "return_stats string": (TypeError, {"return_stats": "lse"}),
+    "return_stats bytes": (TypeError, {"return_stats": b"lse"}),
+    "return_stats set": (TypeError, {"return_stats": {"lse"}}),
     "shift None": (TypeError, {"shift": None}),
     "shift rank": (RuntimeError, {"shift": True}),
     "shift target": (

@@ -12,6 +12,7 @@ them: the computation they stand for would fail.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -144,7 +145,8 @@ def _check_probabilities(input, target, weight, ignore_index, label_smoothing, a
     if not target.is_floating_point():
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities, got {target.dtype}; "
-            f"a target of the input's shape, {tuple(input.shape)}, holds probabilities"
+            f"a target of the input's shape, {tuple(input.shape)}, holds probabilities. Where it is one-hot, "
+            "pass target.float()"
         )
     if ignore_index >= 0:
         raise RuntimeError(
@@ -193,7 +195,8 @@ def _check_indices(input, target, weight, label_smoothing, autocast, dtype):
     if target.dtype not in _INDICES:
         raise RuntimeError(
             f"expected target dtype to be Long or Byte, but got {target.dtype}; a target of another shape "
-            f"than the input's holds class indices: {tuple(target.shape)} is not {tuple(input.shape)}"
+            f"than the input's holds class indices: {tuple(target.shape)} is not {tuple(input.shape)}. Where they are "
+            "whole numbers, pass target.long()"
         )
     _check_index_shape(input, target)
     _check_weight_shape(input, weight)
@@ -232,8 +235,25 @@ def _expected_target_shape(input, target) -> str:
     indices = "() or (1,)" if len(shape) == 1 else shape[:1] + shape[2:]
     return (
         f"Expected target size {indices} for class indices, or {shape} for class probabilities, "
-        f"with an input of shape {shape}, got {tuple(target.shape)}"
+        f"with an input of shape {shape}, got {tuple(target.shape)}{_advice(input, target)}"
     )
+
+
+def _advice(input, target) -> str:
+    """What to do about the shapes that are most often mistaken for right ones."""
+    shape, given = tuple(input.shape), tuple(target.shape)
+    rank = len(shape)
+    classes_last = ". Classes must be dimension 1 of input; where they are its last, pass "
+    if rank > 2 and given == shape[:-1]:
+        moved = "transpose(1, 2)" if rank == 3 else "movedim(-1, 1)"
+        return f"{classes_last}input.{moved}, or input.flatten(0, {rank - 2}) with target.flatten()"
+    if rank > 2 and given == (math.prod(shape[:-1]),):
+        return f"{classes_last}input.flatten(0, {rank - 2})"
+    if rank > 2 and given == (shape[0], 1, *shape[2:]):
+        return ". Pass target.squeeze(1)"
+    if rank == 2 and target.numel() == shape[0]:
+        return ". Pass target.flatten()"
+    return ""
 
 
 def _check_weight_shape(input, weight):
@@ -329,8 +349,8 @@ def stat_names(return_stats) -> tuple:
     """The statistics that `return_stats` asks for: all, none, or those named."""
     if isinstance(return_stats, bool):
         return _STATS if return_stats else ()
-    if not isinstance(return_stats, (tuple, list)):
-        raise TypeError(f"return_stats must be a bool or a tuple of names, got {_described(return_stats)}")
+    if not isinstance(return_stats, Sequence) or isinstance(return_stats, (str, bytes)):
+        raise TypeError(f"return_stats must be a bool or a sequence of names, got {_described(return_stats)}")
     for name in return_stats:
         if name not in _STATS:
             raise ValueError(f"return_stats may name {', '.join(_STATS)}, got {name!r}")
@@ -346,9 +366,12 @@ def check_shift(input, target, sample_weight):
     if len(shape) != 3 or not shape[1]:
         raise RuntimeError(f"input must have shape (B, T, C), with T of at least 1, with shift=True, got {shape}")
     if tuple(target.shape) not in (shape[:2], shape):
+        classes_first = tuple(target.shape) == (shape[0], shape[2])
         raise RuntimeError(
             f"target must have shape {shape[:2]} for class indices, or {shape} for class probabilities, with "
             f"shift=True and an input of shape {shape}, got {tuple(target.shape)}"
+            + classes_first
+            * ". Classes must be the last dimension of input; pass input.transpose(1, 2)"
         )
     if sample_weight is not None and tuple(sample_weight.shape) != shape[:2]:
         raise RuntimeError(

@@ -188,14 +188,17 @@ class Unkept(Exception):
 
 
 def key_of_options(options):
-    """What of `Options` the outcome depends on; lists are read anew in each call, and so is what is overwritten."""
+    """What of `Options` the outcome depends on.
+
+    What may change, such as a list of names, is read anew in each call, and so is what is overwritten.
+    """
+    if options.inplace or type(options.return_stats) not in (bool, tuple):
+        raise Unkept
     key = tuple([facts(value) if isinstance(value, torch.Tensor) else (type(value), value) for value in options])
     try:
         hash(key)
     except TypeError:
         raise Unkept from None
-    if options.inplace:
-        raise Unkept
     return key
 
 
