@@ -17,7 +17,10 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
+from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
+from torch.nn.modules._functions import BackwardHookFunction
 
 from .layout import batch_shape, class_axis, visible
 from .problem import CrossEntropyStats
@@ -34,6 +37,12 @@ _REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's enumeration
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.uint8)
 _STATS = tuple(field.name for field in fields(CrossEntropyStats))
+_ORIGINS = {  # of views that can't be changed in place
+    CreationMeta.IN_CUSTOM_FUNCTION: "by a custom function",
+    CreationMeta.MULTI_OUTPUT_NODE: "by split, chunk or unbind",
+    CreationMeta.NO_GRAD_MODE: "under no_grad",
+    CreationMeta.INFERENCE_MODE: "in inference mode",
+}
 _INT64 = torch.iinfo(torch.int64)
 _INT64_MIN, _INT64_MAX = _INT64.min, _INT64.max
 
@@ -418,8 +427,11 @@ def _check_sample_weight(sample_weight, seen, target):
 def _check_inplace(input):
     if input.is_leaf:
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
-    if input._is_view() and torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
-        raise RuntimeError("inplace=True can't overwrite a view that split, chunk, unbind or a custom function made")
+    if any(tensor is not None and tensor.retains_grad for tensor in (input, input._base)):
+        # Autograd would wait for the gradient of the new values. A hook in its place crashes where the input is a view.
+        raise RuntimeError("inplace=True leaves no gradient for retain_grad() of input, or of what it is a view of")
+    if input._is_view() and (origin := _origin_of_view(input)):
+        raise RuntimeError(f"inplace=True can't overwrite a view that was made {origin}")
     end = 1  # beyond the last element that the dimensions so far reach
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride < end:
@@ -428,6 +440,21 @@ def _check_inplace(input):
                 f"strides {input.stride()}"
             )
         end += (size - 1) * stride
+
+
+def _origin_of_view(input):
+    """How a view was made that autograd lets nobody change in place; None for all others."""
+    meta = _get_creation_meta(input)
+    if meta == CreationMeta.IN_CUSTOM_FUNCTION and _is_behind_hook(input.grad_fn):
+        return "for a full backward hook of a module, which gets and gives views: remove the hook, or clone the logits"
+    return _ORIGINS.get(meta)
+
+
+def _is_behind_hook(node):
+    """Whether the custom function that a view is of is that of `register_full_backward_hook`."""
+    while node is not None and not isinstance(node, BackwardCFunction):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return getattr(node, "_forward_cls", None) is BackwardHookFunction
 
 
 def bad_class(problem, tensors):
