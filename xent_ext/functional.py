@@ -94,7 +94,8 @@ def cross_entropy(
             as the number of targets in all the batches of an accumulated gradient. No gradient flows to it.
         on_all_ignored: "nan", or "zero": a loss and gradient of 0 where "mean" would divide by 0, as it does where all
             rows are ignored.
-        inplace: the gradient takes the memory of the logits, where they require one. What autograd saved of the logits
+        inplace: the gradient takes the memory of the logits, where they require one. Logits that autograd lets nobody
+            change, or whose gradient `retain_grad()` wants, raise RuntimeError at once. What autograd saved of them
             before, and whatever uses them later (or what they are a view of), then raises RuntimeError in backward, as
             do a second backward, `create_graph=True` and a gradient of a statistic. An upstream gradient other than the
             expected one (see README) multiplies the gradient that was stored, in the logits' dtype: one rounding more,

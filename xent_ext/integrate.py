@@ -27,7 +27,8 @@ def install() -> None:
     Not reached are
 
     - code that has made PyTorch's function a name of its own (`from torch.nn.functional import cross_entropy`),
-    - losses that are written with other functions, such as `F.nll_loss` of `F.log_softmax`,
+    - losses that are written with other functions, such as `F.nll_loss` of `F.log_softmax`, or the label smoother of
+      Transformers' Trainer,
     - what `torch.jit.script` compiled or compiles: it gets PyTorch's own.
 
     `__torch_function__` of tensor subclasses is given PyTorch's function, which their tables know. A `DTensor`,
