@@ -20,6 +20,7 @@ TEST = [
     "pytest-xdist>=3.2",
     "hypothesis>=6",
     "expecttest",
+    "mypy>=1.16",
     "build",
     "setuptools>=77",
     "wheel",

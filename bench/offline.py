@@ -9,11 +9,11 @@ A launch compiles and returns: nothing is loaded or run, and no tensor is read o
 
 import contextlib
 import itertools
-import os
 from dataclasses import dataclass
 from unittest import mock
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
@@ -69,7 +69,7 @@ class Driver:
 @contextlib.contextmanager
 def target(backend, arch):
     """Compile for this GPU; yields the list of launches, which grows."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter: unset it to compile")
     launches = []
     compile_and_run = JITFunction.run

@@ -6,6 +6,7 @@ import os
 
 import torch
 import triton
+from triton import knobs
 
 from ..backends import is_capturing, release
 from ..plan import L2_BYTES, Device, shipped
@@ -21,9 +22,9 @@ INTERPRETED = Device(backend="cuda", arch=90, lanes=32, processors=132, l2_bytes
 @functools.lru_cache
 def device_properties(index):
     """What the plan needs to know of the device `index`, as Triton's active driver sees it."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if knobs.runtime.interpret:
         return dataclasses.replace(INTERPRETED, tuning=tuning(INTERPRETED, device_name(index)))
-    driver = triton.runtime.driver.active
+    driver = active_driver()
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
     return Device(
@@ -37,9 +38,22 @@ def device_properties(index):
     )
 
 
+def active_driver():
+    """Triton's, which is made when it is first asked for, where there is anything to run on."""
+    try:
+        return triton.runtime.driver.active
+    except RuntimeError as error:
+        if torch.cuda.is_available():
+            raise
+        raise RuntimeError(
+            "XENT_EXT_BACKEND=triton gives the kernels tensors on the CPU, where Triton has no driver: "
+            "set TRITON_INTERPRET=1, before the program starts, for its interpreter"
+        ) from error
+
+
 def device_name(index):
     """What a file of launch numbers calls the device."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if knobs.runtime.interpret:
         return "Triton's interpreter"
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(index)

@@ -273,7 +273,7 @@ def test_tune_writes_a_file_that_changes_the_plan(tmp_path, capsys):
     explain = """if True:
         import torch
         import xent_ext
-        xent_ext.explain(torch.randn(600, 10), torch.zeros(600, dtype=torch.int64))
+        print(xent_ext.explain(torch.randn(600, 10), torch.zeros(600, dtype=torch.int64)))
     """
     on_cpu = {"TRITON_INTERPRET": "1", "XENT_EXT_BACKEND": "triton"}
     assert "ROWS 256" in python("-c", explain, **on_cpu).stdout

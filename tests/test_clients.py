@@ -74,36 +74,64 @@ def texts(rows=16, length=12):
     return [{"input_ids": t, "labels": label} for t, label in zip(tokens, labels, strict=True)]
 
 
+def trained(model, folder, loss=None, **arguments):
+    """Losses and weights of a Trainer's steps, of two batches each."""
+    transformers = library("transformers")
+    library("accelerate")
+    trainer = transformers.Trainer(
+        model=model(transformers),
+        args=transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=texts(),
+        compute_loss_func=loss,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights_of(trainer.model)
+
+
 @pytest.mark.parametrize("model", [llama, gpt2, bert])
 def test_transformers_trainer(cpu_blocks, tmp_path, model):
     """Gradient accumulation, where the Trainer passes on how many tokens all the batches of a step have."""
-    transformers = library("transformers")
-    library("accelerate")
-    data = texts()
-
-    def train():
-        trainer = transformers.Trainer(
-            model=model(transformers),
-            args=transformers.TrainingArguments(
-                output_dir=tmp_path,
-                max_steps=4,
-                per_device_train_batch_size=2,
-                gradient_accumulation_steps=2,
-                learning_rate=1e-2,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-            ),
-            train_dataset=data,
-        )
-        trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights_of(trainer.model)
-
-    assert_same_training(train, cpu_blocks)
+    assert_same_training(lambda: trained(model, tmp_path), cpu_blocks)
     assert len(cpu_blocks) == 4 * 2
     assert {problem.reduction for problem in cpu_blocks} == {"mean" if model is bert else "sum"}
+
+
+def test_transformers_label_smoother_is_not_reached(cpu_blocks, tmp_path):
+    with xent_ext.installed():
+        trained(llama, tmp_path, label_smoothing_factor=0.1)
+    assert not cpu_blocks
+
+
+def test_transformers_with_a_loss_in_place_of_the_label_smoother(cpu_blocks, tmp_path):
+    """That of README."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return xent_ext.cross_entropy(
+            outputs.logits, labels, label_smoothing=0.1, shift=True, normalizer=num_items_in_batch
+        )
+
+    def their_loss(outputs, labels, num_items_in_batch=None):
+        rows, labels = outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:]
+        return F.cross_entropy(rows, labels, label_smoothing=0.1, reduction="sum") / num_items_in_batch
+
+    torch.manual_seed(0)
+    theirs = trained(llama, tmp_path, their_loss, optim="sgd")
+    torch.manual_seed(0)
+    ours = trained(llama, tmp_path, loss, optim="sgd")
+    assert len(cpu_blocks) == 4 * 2
+    torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_accelerate(cpu_blocks):

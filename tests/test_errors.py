@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import xent_ext
-from xent_ext import checks
+from xent_ext import backends, checks, dispatch
 
 LOGITS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OTHERS = (
@@ -379,6 +379,59 @@ def test_ignore_index_is_an_int(given):
     value = checks.integer_ignore_index(given)
     assert type(value) is int
     assert value == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(("0", "no", "off", "False"), False), (("1", "yes", "on", "TRUE"), True)]
+)
+def test_words_for_on_and_off(monkeypatch, words, expected):
+    for word in words:
+        monkeypatch.setenv("XENT_EXT_CHECK", word)
+        assert backends.switch("XENT_EXT_CHECK") is expected
+    monkeypatch.delenv("XENT_EXT_CHECK")
+    assert backends.switch("XENT_EXT_CHECK") is False
+    for word in ("2", "", "ja"):
+        monkeypatch.setenv("XENT_EXT_CHECK", word)
+        with pytest.raises(ValueError, match=f"XENT_EXT_CHECK must be one of 0, .*, got '{word}'"):
+            backends.switch("XENT_EXT_CHECK")
+
+
+MISTAKEN = {
+    "classes last": (call((2, 4, 5), (2, 4)), "input.transpose(1, 2)"),
+    "classes last, or both flat": (call((2, 4, 5), (2, 4)), "input.flatten(0, 1) with target.flatten()"),
+    "classes last of an image": (call((2, 4, 3, 5), (2, 4, 3)), "input.movedim(-1, 1)"),
+    "classes last of an image, or both flat": (
+        call((2, 4, 3, 5), (2, 4, 3)),
+        "input.flatten(0, 2) with target.flatten()",
+    ),
+    "classes last, flat indices": (call((2, 4, 5), (8,)), "input.flatten(0, 1)"),
+    "flat logits": (call((8, 5), (2, 4)), "target.flatten()"),
+    "(N, 1) indices": (call((3, 5), (3, 1)), "target.flatten()"),
+    "class axis kept": (call((2, 5, 4, 3), (2, 1, 4, 3)), "target.squeeze(1)"),
+    "int32 indices": (call(target=indices(3, dtype=torch.int32)), "target.long()"),
+    "float indices": (call(target=logits(3)), "target.long()"),
+    "one-hot": (call(target=indices(3, 5)), "target.float()"),
+    "classes not last": (call((2, 5, 4), (2, 4), shift=True), "input.transpose(1, 2)"),
+}
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("arguments", "advice"), MISTAKEN.values(), ids=MISTAKEN)
+def test_frequent_mistakes_are_told_what_to_pass(monkeypatch, arguments, advice, small):
+    """And that is right."""
+    monkeypatch.setattr(dispatch, "is_small", lambda input: small)
+    error = raised(xent_ext.cross_entropy, **arguments)
+    assert f"ass {advice}" in str(error) or f"or {advice}" in str(error)
+    for expression in advice.split(" with "):
+        name = expression.partition(".")[0]
+        arguments = arguments | {name: eval(expression, dict(arguments))}
+    assert raised(xent_ext.cross_entropy, **arguments) is None
+
+
+def test_other_mistakes_get_no_advice():
+    """Indices of an image the wrong way round must not be reshaped."""
+    error = raised(xent_ext.cross_entropy, **call((2, 5, 4, 3), (2, 3, 4)))
+    assert str(error).endswith("got (2, 3, 4)")
 
 
 # --- Class indices out of range

@@ -126,6 +126,21 @@ def test_legacy_arguments(size_average, reduce):
     assert ours.reduction == theirs.reduction
 
 
+@pytest.mark.parametrize("own", ["a name", None, torch.nn.Linear(1, 1), torch.nn.Parameter(torch.ones(1))], ids=str)
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=str)
+def test_a_subclass_has_options_of_its_own(cpu_blocks, own, options):
+    class Named(xent_ext.CrossEntropyLoss):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.options = own
+
+    args = make((7, 5))[:2]
+    module = copy.deepcopy(Named(**options))
+    assert type(module.options) is type(own)
+    assert torch.equal(module(*args), xent_ext.CrossEntropyLoss(**options)(*args))
+    assert module.extra_repr() == xent_ext.CrossEntropyLoss(**options).extra_repr()
+
+
 def test_options_are_looked_at_in_forward():
     module = xent_ext.CrossEntropyLoss(reduction="no", label_smoothing=7)
     with pytest.raises(ValueError, match="reduction"):

@@ -1,5 +1,6 @@
 """The options for training: `reference` against plain PyTorch calls, everything else against `reference`."""
 
+import collections.abc
 import dataclasses
 import itertools
 import pickle
@@ -384,7 +385,23 @@ def test_nothing_is_read_from_the_device():
 # --- Statistics
 
 
-@pytest.mark.parametrize("names", [("lse",), ("entropy", "correct"), ["accuracy"], EVERY], ids=str)
+class Names(collections.abc.Sequence):
+    """As those of configurations, which may change, and of which each is equal to itself alone."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __getitem__(self, index):
+        return self.names[index]
+
+    def __len__(self):
+        return len(self.names)
+
+
+LISTS = [("lse",), ("entropy", "correct"), ["accuracy"], Names("lse", "accuracy"), EVERY]
+
+
+@pytest.mark.parametrize("names", LISTS, ids=lambda names: " ".join(names))
 @both_targets
 def test_only_the_statistics_asked_for(many_blocks, names, probabilities):
     args = call(probabilities=probabilities)
@@ -392,6 +409,13 @@ def test_only_the_statistics_asked_for(many_blocks, names, probabilities):
     assert isinstance(stats, xent_ext.CrossEntropyStats)
     assert set(flat((loss, stats))) == {"loss", *names}
     torch.testing.assert_close(flat((loss, stats)), flat(plain(**args, return_stats=names)))
+
+
+def test_names_are_read_in_each_call(many_blocks):
+    names, args = Names("lse"), call()
+    xent_ext.cross_entropy(**args, return_stats=names)
+    names.names = ("entropy",)
+    assert set(flat(xent_ext.cross_entropy(**args, return_stats=names))) == {"loss", "entropy"}
 
 
 def test_ties_and_masked_logits(many_blocks):
@@ -607,6 +631,61 @@ def test_in_place_another_use_raises(many_blocks):
         (loss + whole.sum()).backward()
 
 
+@pytest.mark.parametrize("seen", ["logits", "view", "slice", "retained view"])
+def test_in_place_refuses_what_retains_its_gradient(many_blocks, seen):
+    """It would be None. What asks for the gradient in another way gets it."""
+    leaf, target, _ = make((7, 5))
+    logits = leaf.requires_grad_() * 1
+    views = {"view": logits.view(7, 5), "slice": logits[:6], "retained view": logits.view(7, 5)}
+    last = views.get(seen, logits)
+    (last if seen == "retained view" else logits).retain_grad()
+    with pytest.raises(RuntimeError, match=r"inplace=True .* retain_grad\(\)"):
+        xent_ext.cross_entropy(last, target[: len(last)], inplace=True)
+
+    logits, hooked = leaf * 1, []
+    logits.register_hook(lambda gradient: hooked.append(gradient.clone()))
+    between = logits.view(35)
+    between.retain_grad()
+    xent_ext.cross_entropy(between.view(7, 5), target, inplace=True).backward()
+    for gradient in (*hooked, between.grad.view(7, 5)):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize(("hooked", "kind"), [("model", "hook"), ("model", "pre_hook"), ("criterion", "hook")])
+def test_in_place_behind_a_full_backward_hook(many_blocks, hooked, kind):
+    """The reason is said, also where the logits are a view of the hook's; and what is said helps."""
+    model, criterion = torch.nn.Linear(3, 5), xent_ext.CrossEntropyLoss(inplace=True)
+    module = {"model": model, "criterion": criterion}[hooked]
+    getattr(module, f"register_full_backward_{kind}")(lambda *_: None)
+    logits, target = model(torch.randn(7, 3)), torch.zeros(7, dtype=torch.int64)
+    for seen in (logits, logits.view(-1, 5), logits[:, :4].mT.mT):
+        with pytest.raises(RuntimeError, match=r"inplace=True .* a full backward hook of a module"):
+            criterion(seen, target)
+    if hooked == "model":
+        criterion(logits.clone(), target).backward()
+
+
+def test_in_place_what_made_a_view_is_said(many_blocks):
+    class Viewed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, input):
+            return input.view_as(input)
+
+    model, target = torch.nn.Linear(3, 5), torch.zeros(2, dtype=torch.int64)
+    model.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    plain, behind = torch.randn(4, 5, requires_grad=True) * 1, model(torch.randn(2, 3))
+    with torch.no_grad():
+        quiet = plain[:2]
+    for view, origin in (
+        (Viewed.apply(behind), "by a custom function"),
+        (plain.chunk(2)[0], "by split, chunk or unbind"),
+        (quiet.view(2, 5), "under no_grad"),
+    ):
+        with pytest.raises(RuntimeError, match=f"inplace=True .* was made {origin}$"):
+            xent_ext.cross_entropy(view, target, inplace=True)
+
+
 def test_in_place_what_needs_the_logits_raises(many_blocks):
     leaf, target, _ = make((7, 5))
     leaf.requires_grad_()
@@ -679,6 +758,8 @@ WRONG = {
     ),
     "return_stats name": (ValueError, {"return_stats": ("lse", "perplexity")}),
     "return_stats string": (TypeError, {"return_stats": "lse"}),
+    "return_stats bytes": (TypeError, {"return_stats": b"lse"}),
+    "return_stats set": (TypeError, {"return_stats": {"lse"}}),
     "shift None": (TypeError, {"shift": None}),
     "shift rank": (RuntimeError, {"shift": True}),
     "shift target": (
@@ -737,10 +818,11 @@ def test_module(many_blocks):
     module = xent_ext.CrossEntropyLoss(args["weight"], softcap=3.0, z_loss=0.1, return_stats=("lse",))
     assert repr(module) == "CrossEntropyLoss(softcap=3.0, z_loss=0.1, return_stats=('lse',))"
     copied = pickle.loads(pickle.dumps(module))
-    assert copied.options == module.options
+    assert repr(copied) == repr(module)
     assert list(module.state_dict()) == ["weight"]
-    assert "options" not in vars(xent_ext.CrossEntropyLoss(softcap=None, z_loss=0.0))
-    expected = outcome(xent_ext.cross_entropy, {**args, **module.options})
+    without, base = xent_ext.CrossEntropyLoss(softcap=None, z_loss=0.0), torch.nn.CrossEntropyLoss()
+    assert vars(without).keys() == vars(base).keys()
+    expected = outcome(xent_ext.cross_entropy, {**args, "softcap": 3.0, "z_loss": 0.1, "return_stats": ("lse",)})
 
     def called(weight, **args):
         return copied(**args)

@@ -14,6 +14,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from xent_ext.backends import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,6 +218,35 @@ def test_installed(kind, source, tmp_path, request):
 def test_without_triton(backend, expected, wheel_python, tmp_path):
     said = run(wheel_python, "-I", "-c", WITHOUT_TRITON + LOSS, cwd=tmp_path, backend=backend)
     assert said.splitlines()[-2:] == expected
+
+
+CALL = """
+import torch, xent_ext
+print(xent_ext.cross_entropy(torch.randn(3, 5), torch.zeros(3, dtype=torch.int64)).isfinite().item())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not HAS_TRITON, reason="Triton has a driver, or is not installed")
+def test_triton_on_a_cpu(monkeypatch):
+    """Without its interpreter it says what to set; every value that Triton takes for that will do."""
+    monkeypatch.setenv("XENT_EXT_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = subprocess.run([sys.executable, "-c", CALL], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"RuntimeError: .*XENT_EXT_BACKEND=triton .* set TRITON_INTERPRET=1", refused.stderr)
+    for value in ("1", "true"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert subprocess.check_output([sys.executable, "-c", CALL], cwd=ROOT, text=True) == "True\n"
+
+
+def test_a_word_for_neither_on_nor_off():
+    done = subprocess.run(
+        [sys.executable, "-c", "import xent_ext"],
+        cwd=ROOT,
+        env=os.environ | {"XENT_EXT_CHECK": "ja"},
+        capture_output=True,
+        text=True,
+    )
+    assert "ValueError: XENT_EXT_CHECK must be one of 0, false, no, off, 1, true, yes, on, got 'ja'" in done.stderr
 
 
 def test_import_is_light(wheel_python, tmp_path):

@@ -2,7 +2,7 @@
 
 `XENT_EXT_BACKEND`, read when the package is imported: `torch` gives every call to PyTorch, `triton` gives CPU tensors
 to the Triton kernels too (under Triton's interpreter, or a driver that runs on the CPU). `XENT_EXT_CHECK=1` has class
-indices checked on every device, at the price of a synchronisation.
+indices checked on every device, at the price of a synchronisation (`SWITCH` has other words for 1 and 0).
 """
 
 import functools
@@ -17,7 +17,18 @@ BACKEND = os.environ.get("XENT_EXT_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ValueError(f"XENT_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {BACKEND!r}")
 
-CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
+SWITCH = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+
+
+def switch(name):
+    """Whether a variable of the environment is on."""
+    value = os.environ.get(name, "0")
+    if value.lower() not in SWITCH:
+        raise ValueError(f"{name} must be one of {', '.join(SWITCH)}, got {value!r}")
+    return SWITCH[value.lower()]
+
+
+CHECK = switch("XENT_EXT_CHECK")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here: PyTorch's compiler can't trace the search
 

@@ -12,15 +12,20 @@ them: the computation they stand for would fail.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
+from torch.autograd.function import BackwardCFunction
 from torch.nn import _reduction
+from torch.nn.modules._functions import BackwardHookFunction
 
 from .layout import batch_shape, class_axis, visible
 from .problem import CrossEntropyStats
 
+_NUMPY_SCALARS: tuple[type, ...]
 try:
     from numpy import bool_, number
 
@@ -32,6 +37,12 @@ _REDUCTIONS = ("none", "mean", "sum")  # in the order of PyTorch's enumeration
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = (torch.int64, torch.uint8)
 _STATS = tuple(field.name for field in fields(CrossEntropyStats))
+_ORIGINS = {  # of views that can't be changed in place
+    CreationMeta.IN_CUSTOM_FUNCTION: "by a custom function",
+    CreationMeta.MULTI_OUTPUT_NODE: "by split, chunk or unbind",
+    CreationMeta.NO_GRAD_MODE: "under no_grad",
+    CreationMeta.INFERENCE_MODE: "in inference mode",
+}
 _INT64 = torch.iinfo(torch.int64)
 _INT64_MIN, _INT64_MAX = _INT64.min, _INT64.max
 
@@ -65,7 +76,7 @@ def integer_ignore_index(ignore_index) -> int:
     return ignore_index
 
 
-def _index(value) -> int:
+def _index(value):
     if isinstance(value, torch.SymInt):
         return value
     message = f"ignore_index must be an int, got {_described(value)}"
@@ -143,7 +154,8 @@ def _check_probabilities(input, target, weight, ignore_index, label_smoothing, a
     if not target.is_floating_point():
         raise RuntimeError(
             f"Expected floating point type for target with class probabilities, got {target.dtype}; "
-            f"a target of the input's shape, {tuple(input.shape)}, holds probabilities"
+            f"a target of the input's shape, {tuple(input.shape)}, holds probabilities. Where it is one-hot, "
+            "pass target.float()"
         )
     if ignore_index >= 0:
         raise RuntimeError(
@@ -192,7 +204,8 @@ def _check_indices(input, target, weight, label_smoothing, autocast, dtype):
     if target.dtype not in _INDICES:
         raise RuntimeError(
             f"expected target dtype to be Long or Byte, but got {target.dtype}; a target of another shape "
-            f"than the input's holds class indices: {tuple(target.shape)} is not {tuple(input.shape)}"
+            f"than the input's holds class indices: {tuple(target.shape)} is not {tuple(input.shape)}. Where they are "
+            "whole numbers, pass target.long()"
         )
     _check_index_shape(input, target)
     _check_weight_shape(input, weight)
@@ -231,8 +244,25 @@ def _expected_target_shape(input, target) -> str:
     indices = "() or (1,)" if len(shape) == 1 else shape[:1] + shape[2:]
     return (
         f"Expected target size {indices} for class indices, or {shape} for class probabilities, "
-        f"with an input of shape {shape}, got {tuple(target.shape)}"
+        f"with an input of shape {shape}, got {tuple(target.shape)}{_advice(input, target)}"
     )
+
+
+def _advice(input, target) -> str:
+    """What to do about the shapes that are most often mistaken for right ones."""
+    shape, given = tuple(input.shape), tuple(target.shape)
+    rank = len(shape)
+    classes_last = ". Classes must be dimension 1 of input; where they are its last, pass "
+    if rank > 2 and given == shape[:-1]:
+        moved = "transpose(1, 2)" if rank == 3 else "movedim(-1, 1)"
+        return f"{classes_last}input.{moved}, or input.flatten(0, {rank - 2}) with target.flatten()"
+    if rank > 2 and given == (math.prod(shape[:-1]),):
+        return f"{classes_last}input.flatten(0, {rank - 2})"
+    if rank > 2 and given == (shape[0], 1, *shape[2:]):
+        return ". Pass target.squeeze(1)"
+    if rank == 2 and target.numel() == shape[0]:
+        return ". Pass target.flatten()"
+    return ""
 
 
 def _check_weight_shape(input, weight):
@@ -328,8 +358,8 @@ def stat_names(return_stats) -> tuple:
     """The statistics that `return_stats` asks for: all, none, or those named."""
     if isinstance(return_stats, bool):
         return _STATS if return_stats else ()
-    if not isinstance(return_stats, (tuple, list)):
-        raise TypeError(f"return_stats must be a bool or a tuple of names, got {_described(return_stats)}")
+    if not isinstance(return_stats, Sequence) or isinstance(return_stats, (str, bytes)):
+        raise TypeError(f"return_stats must be a bool or a sequence of names, got {_described(return_stats)}")
     for name in return_stats:
         if name not in _STATS:
             raise ValueError(f"return_stats may name {', '.join(_STATS)}, got {name!r}")
@@ -345,9 +375,12 @@ def check_shift(input, target, sample_weight):
     if len(shape) != 3 or not shape[1]:
         raise RuntimeError(f"input must have shape (B, T, C), with T of at least 1, with shift=True, got {shape}")
     if tuple(target.shape) not in (shape[:2], shape):
+        classes_first = tuple(target.shape) == (shape[0], shape[2])
         raise RuntimeError(
             f"target must have shape {shape[:2]} for class indices, or {shape} for class probabilities, with "
             f"shift=True and an input of shape {shape}, got {tuple(target.shape)}"
+            + classes_first
+            * ". Classes must be the last dimension of input; pass input.transpose(1, 2)"
         )
     if sample_weight is not None and tuple(sample_weight.shape) != shape[:2]:
         raise RuntimeError(
@@ -394,8 +427,11 @@ def _check_sample_weight(sample_weight, seen, target):
 def _check_inplace(input):
     if input.is_leaf:
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
-    if input._is_view() and torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
-        raise RuntimeError("inplace=True can't overwrite a view that split, chunk, unbind or a custom function made")
+    if any(tensor is not None and tensor.retains_grad for tensor in (input, input._base)):
+        # Autograd would wait for the gradient of the new values. A hook in its place crashes where the input is a view.
+        raise RuntimeError("inplace=True leaves no gradient for retain_grad() of input, or of what it is a view of")
+    if input._is_view() and (origin := _origin_of_view(input)):
+        raise RuntimeError(f"inplace=True can't overwrite a view that was made {origin}")
     end = 1  # beyond the last element that the dimensions so far reach
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride < end:
@@ -404,6 +440,21 @@ def _check_inplace(input):
                 f"strides {input.stride()}"
             )
         end += (size - 1) * stride
+
+
+def _origin_of_view(input):
+    """How a view was made that autograd lets nobody change in place; None for all others."""
+    meta = _get_creation_meta(input)
+    if meta == CreationMeta.IN_CUSTOM_FUNCTION and _is_behind_hook(input.grad_fn):
+        return "for a full backward hook of a module, which gets and gives views: remove the hook, or clone the logits"
+    return _ORIGINS.get(meta)
+
+
+def _is_behind_hook(node):
+    """Whether the custom function that a view is of is that of `register_full_backward_hook`."""
+    while node is not None and not isinstance(node, BackwardCFunction):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return getattr(node, "_forward_cls", None) is BackwardHookFunction
 
 
 def bad_class(problem, tensors):

@@ -188,14 +188,17 @@ class Unkept(Exception):
 
 
 def key_of_options(options):
-    """What of `Options` the outcome depends on; lists are read anew in each call, and so is what is overwritten."""
+    """What of `Options` the outcome depends on.
+
+    What may change, such as a list of names, is read anew in each call, and so is what is overwritten.
+    """
+    if options.inplace or type(options.return_stats) not in (bool, tuple):
+        raise Unkept
     key = tuple([facts(value) if isinstance(value, torch.Tensor) else (type(value), value) for value in options])
     try:
         hash(key)
     except TypeError:
         raise Unkept from None
-    if options.inplace:
-        raise Unkept
     return key
 
 
@@ -268,11 +271,15 @@ def supported_route(tensors, with_options):
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
     if (torch.compiler.is_compiling() or not with_options) and is_small(input):
-        return (
-            "torch",
-            "few logits, half precision images, or a compiled graph, on a CPU, where PyTorch's own is faster",
-        )
+        return "torch", f"{kind_of_small(input)} on a CPU, where PyTorch's own is faster"
     return "cpu", "the logits are on a CPU"
+
+
+def kind_of_small(input):
+    """Which of the things that `is_small` looks for it has found."""
+    if torch.compiler.is_compiling():
+        return "a compiled graph"
+    return "few logits" if input.numel() < SMALL_IMAGES else "half precision images"
 
 
 def unsupported(tensors):
@@ -292,8 +299,10 @@ def unsupported(tensors):
             return f"dtype {tensor.dtype}"
     if input.numel() == 0 or target.numel() == 0:
         return "nothing to compute"
-    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
-        return "a gradient with respect to the target or the weight is wanted"
+    if torch.is_grad_enabled():
+        for name, tensor in (("target", target), ("weight", weight)):
+            if tensor is not None and tensor.requires_grad:
+                return f"a gradient with respect to the {name} is wanted"
     return unsupported_here()
 
 

@@ -1,23 +1,28 @@
 """Why a call runs as it does: `xent_ext.explain`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import backends, dispatch
 from .call import Arguments, Options, prepare
 from .plan import Traffic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What `explain` returns. The traffic is None where PyTorch's own or the plain formula takes the call."""
+    """What `explain` returns, in words where it is shown or printed.
+
+    The traffic is None where PyTorch's own or the plain formula takes the call.
+    """
 
     implementation: str  # "triton", "cpu", "torch" or "plain"
     reason: str
     traffic: Traffic | None = None
 
-    def __str__(self):
+    def __repr__(self) -> str:
         lines = [f"implementation  {self.implementation}: {self.reason}"]
         if self.traffic:
             t = self.traffic
@@ -31,17 +36,19 @@ class Explanation:
 
 
 def explain(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-    **options,
-):
-    """Print, and return as an `Explanation`, how `cross_entropy` would run this call, without running it.
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Explanation:
+    """How `cross_entropy` would run this call, without running it: an `Explanation`, which says it where it is shown.
+
+    Nothing is printed: in a script that is `print(xent_ext.explain(...))`.
 
     Takes the arguments of `xent_ext.cross_entropy` and raises its errors, but those for class indices out of range. Of
     a `DTensor` it takes a shard; in a compiled graph calls may run otherwise (see `xent_ext.ops`).
@@ -52,13 +59,11 @@ def explain(
     if dispatch.is_distributed(input):
         raise TypeError("explain takes the tensors of one shard, not a DTensor: input.to_local(), ...")
     arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    options = Options.that_differ(**options)
-    problem, tensors = prepare(arguments, Options(**options) if options else None)
-    name, reason = dispatch.route(tensors, bool(options))
+    given = Options.that_differ(**options)
+    problem, tensors = prepare(arguments, Options(**given) if given else None)
+    name, reason = dispatch.route(tensors, bool(given))
     traffic = None
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad
         traffic = backends.implementation(name).traffic(problem, tensors, want_gradient)
-    explanation = Explanation(name, reason, traffic)
-    print(explanation)
-    return explanation
+    return Explanation(name, reason, traffic)

@@ -1,8 +1,10 @@
 """The public functions: arguments, defaults, docstrings."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import dispatch
@@ -10,10 +12,37 @@ from .call import Arguments, Options
 from .problem import CrossEntropyStats
 
 
+# What a call returns hangs on `return_stats`, and so its type does. A bool that no type checker knows gives either.
+# fmt: off
+@overload
 def cross_entropy(
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
+    z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    on_all_ignored: str = ..., inplace: bool = ..., return_stats: Literal[False] = ..., shift: bool = ...,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
+    z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    on_all_ignored: str = ..., inplace: bool = ..., return_stats: Literal[True] | Sequence[str], shift: bool = ...,
+) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
+    z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
+    on_all_ignored: str = ..., inplace: bool = ..., return_stats: bool | Sequence[str], shift: bool = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
+# fmt: on
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
@@ -21,16 +50,16 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     dtype: torch.dtype | None = None,
-    logit_scale: float | torch.Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    sample_weight: torch.Tensor | None = None,
-    normalizer: float | torch.Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     on_all_ignored: str = "nan",
     inplace: bool = False,
     return_stats: bool | Sequence[str] = False,
     shift: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""`torch.nn.functional.cross_entropy`, with the gradient made while the logits are read for the loss.
 
     For a row with logits x, target mass b and log-probabilities :math:`\log p = \operatorname{log\_softmax}(z)`, where
@@ -65,14 +94,16 @@ def cross_entropy(
             as the number of targets in all the batches of an accumulated gradient. No gradient flows to it.
         on_all_ignored: "nan", or "zero": a loss and gradient of 0 where "mean" would divide by 0, as it does where all
             rows are ignored.
-        inplace: the gradient takes the memory of the logits, where they require one. What autograd saved of the logits
+        inplace: the gradient takes the memory of the logits, where they require one. Logits that autograd lets nobody
+            change, or whose gradient `retain_grad()` wants, raise RuntimeError at once. What autograd saved of them
             before, and whatever uses them later (or what they are a view of), then raises RuntimeError in backward, as
             do a second backward, `create_graph=True` and a gradient of a statistic. An upstream gradient other than the
             expected one (see README) multiplies the gradient that was stored, in the logits' dtype: one rounding more,
             and in float16 what underflowed stays 0. Compiled graphs, and calls that take the plain formula
             (see `explain`), keep the logits.
-        return_stats: True, or names of `CrossEntropyStats`: return (loss, stats), from the same pass. Gradients flow
-            through `logprob`, `lse` and `entropy`; the backward that has any makes the gradient from the logits again.
+        return_stats: True, or a sequence of names of `CrossEntropyStats`: return (loss, stats), from the same pass.
+            Gradients flow through `logprob`, `lse` and `entropy`; the backward that has any makes the gradient from the
+            logits again.
         shift: for causal language models: logits (B, T, V) and target (B, T), or probabilities (B, T, V), not shifted:
             position t predicts target t + 1. The loss and the statistics have rows (B, T - 1); `sample_weight` (B, T)
             goes with the target, so that its first column is not used. The logits are not copied, and the gradient of
@@ -115,7 +146,7 @@ def cross_entropy(
 
 
 # TorchScript, which knows neither arguments by keyword alone nor autograd functions, compiles this in its place.
-cross_entropy.__prepare_scriptable__ = lambda: dispatch.torch_cross_entropy
+cross_entropy.__prepare_scriptable__ = lambda: dispatch.torch_cross_entropy  # type: ignore[attr-defined]
 
 
 def is_overridden(arguments, options):

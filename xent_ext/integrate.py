@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from .call import Arguments
 from .dispatch import PLAIN, is_distributed, torch_cross_entropy
 
 
-def install():
+def install() -> None:
     """Put the fused loss under `torch.nn.functional.cross_entropy`.
 
     The name `cross_entropy` of the module `torch.nn.functional` then stands for a function with the signature, results
@@ -26,7 +27,8 @@ def install():
     Not reached are
 
     - code that has made PyTorch's function a name of its own (`from torch.nn.functional import cross_entropy`),
-    - losses that are written with other functions, such as `F.nll_loss` of `F.log_softmax`,
+    - losses that are written with other functions, such as `F.nll_loss` of `F.log_softmax`, or the label smoother of
+      Transformers' Trainer,
     - what `torch.jit.script` compiled or compiles: it gets PyTorch's own.
 
     `__torch_function__` of tensor subclasses is given PyTorch's function, which their tables know. A `DTensor`,
@@ -35,7 +37,7 @@ def install():
     _update(forever=True)
 
 
-def uninstall():
+def uninstall() -> None:
     """Undo `install`: `torch.nn.functional.cross_entropy` is again what it was. Within `installed()`, when that ends.
 
     Where something else has taken its place since, that stays, with a RuntimeWarning: it may call what it replaced, and
@@ -45,7 +47,7 @@ def uninstall():
 
 
 @contextlib.contextmanager
-def installed():
+def installed() -> Iterator[None]:
     """`install` for the `with` block, in all threads.
 
     Blocks may nest, and overlap in several threads. The end of the last one uninstalls, unless `install` was called.

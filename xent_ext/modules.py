@@ -1,12 +1,13 @@
 """Loss modules."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from . import dispatch, functional
 from .call import Arguments, Options
-from .problem import CrossEntropyStats
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -15,16 +16,19 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Arguments, attributes, `state_dict`, `repr` and pickling are the base class's. The options are those of
     `xent_ext.cross_entropy`, which see for shapes, dtypes and errors too; what changes from call to call is an argument
     of `forward`: `sample_weight`, `normalizer`, and a `logit_scale` in place of the module's, which must be a number.
+    `extra_repr()`, and so the `repr`, says which options differ from their defaults.
 
-    Attributes:
-        options: the options for training that differ from their defaults, by name; None without any.
+    A call gives a pair with `return_stats`. To a type checker a call of any module is `Any`, and `forward` is what it
+    is without: the base class's, which a subclass may replace by one with the keywords that it needs.
     """
 
-    options = None  # an attribute of the module itself only where there are any, as its pickle is the base class's
+    # Those that differ, by name, under a name that leaves `options` to subclasses. An attribute of the module itself
+    # only where there are any, as its pickle is the base class's.
+    _xent_ext_options: dict[str, Any] | None = None
 
     def __init__(
         self,
-        weight: torch.Tensor | None = None,
+        weight: Tensor | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
@@ -41,7 +45,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         shift: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        if isinstance(logit_scale, torch.Tensor):
+        if isinstance(logit_scale, Tensor):
             raise TypeError("logit_scale of a module must be a number; pass a tensor to forward, by keyword")
         options = Options.that_differ(
             dtype=dtype,
@@ -54,37 +58,44 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             shift=shift,
         )
         if options:
-            self.options = options
+            self._xent_ext_options = options
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in (self.options or {}).items())
+        return ", ".join(f"{name}={value!r}" for name, value in (self._xent_ext_options or {}).items())
 
     def __prepare_scriptable__(self) -> torch.nn.CrossEntropyLoss:
         """What TorchScript compiles in its place: PyTorch's own."""
-        if self.options:
+        if self._xent_ext_options:
             raise RuntimeError(f"TorchScript has no options for training, got {self.extra_repr()}")
         module = torch.nn.CrossEntropyLoss(
             self.weight, ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing
         )
         return module.train(self.training)
 
-    def forward(
-        self,
-        input: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        sample_weight: torch.Tensor | None = None,
-        normalizer: float | torch.Tensor | None = None,
-        logit_scale: float | torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, CrossEntropyStats]:
-        options = None
-        if self.options or not sample_weight is normalizer is logit_scale is None:
-            options = Options(**self.options or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
-            if logit_scale is not None:
-                options = options._replace(logit_scale=logit_scale)
-        arguments = Arguments(
-            input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
-        )
-        if functional.is_overridden(arguments, options):
-            return functional.overridden(arguments, options)
-        return dispatch.cross_entropy(self, arguments, options)
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Tensor: ...
+
+    else:
+
+        def forward(
+            self,
+            input: Tensor,
+            target: Tensor,
+            *,
+            sample_weight: Tensor | None = None,
+            normalizer: float | Tensor | None = None,
+            logit_scale: float | Tensor | None = None,
+        ):
+            options = None
+            given = self._xent_ext_options
+            if given or not sample_weight is normalizer is logit_scale is None:
+                options = Options(**given or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
+                if logit_scale is not None:
+                    options = options._replace(logit_scale=logit_scale)
+            arguments = Arguments(
+                input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
+            )
+            if functional.is_overridden(arguments, options):
+                return functional.overridden(arguments, options)
+            return dispatch.cross_entropy(self, arguments, options)

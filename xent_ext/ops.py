@@ -21,7 +21,7 @@ from .layout import batch_shape, gradient_stride, visible
 from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, scalar
 from .reference import accumulation_dtype
 
-_TYPES = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
+_TYPES: dict = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
 _TYPES |= {Tensor: "Tensor", Tensor | None: "Tensor?"}
 _OPTIONS = {
     field.name: field.type for field in dataclasses.fields(Problem) if field.name not in (*Tensors._fields, "inplace")

@@ -1,7 +1,7 @@
 """What a call asks for, once its arguments are checked, and what passes between autograd and an implementation."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,10 +96,11 @@ class CrossEntropyStats:
     `predicted`, -1.
     """
 
-    logprob: Tensor | None = None  # log p_t; for probabilities q sum_c q_c log p_c
-    lse: Tensor | None = None  # log sum_c exp z_c
-    entropy: Tensor | None = None  # - sum_c p_c log p_c
-    max_prob: Tensor | None = None  # the largest p_c
-    predicted: Tensor | None = None  # its class, int64; the first of several
-    correct: Tensor | None = None  # whether that is t; for probabilities the first class of the largest q_c
-    accuracy: Tensor | None = None  # 0-dim: the share of correct rows among those not ignored; NaN if there are none
+    # `Any` stands for None: whoever asked for a statistic need not tell a type checker that it is there.
+    logprob: Tensor | Any = None  # log p_t; for probabilities q sum_c q_c log p_c
+    lse: Tensor | Any = None  # log sum_c exp z_c
+    entropy: Tensor | Any = None  # - sum_c p_c log p_c
+    max_prob: Tensor | Any = None  # the largest p_c
+    predicted: Tensor | Any = None  # its class, int64; the first of several
+    correct: Tensor | Any = None  # whether that is t; for probabilities the first class of the largest q_c
+    accuracy: Tensor | Any = None  # 0-dim: the share of correct rows among those not ignored; NaN if there are none
