@@ -42,6 +42,17 @@ def is_batched(upstream):
     return False
 
 
+def resolved(tensors):
+    """`Upstream` or `Tensors` whose memory holds their values, which is what kernels read.
+
+    That of a negative view holds the opposite; zeros that autograd made for itself have none.
+    """
+    for tensor in tensors:
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return tensors._make([None if each is None else each.clone() for each in tensors])
+    return tensors
+
+
 def saved_tensors_hooks():
     """Hooks that all tensors go through that are saved now, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -122,6 +133,7 @@ class CrossEntropy(torch.autograd.Function):
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
+        upstream = resolved(upstream)
         gradient, *others = saved[call.given :]
         if expected is None:  # it went to autograd already
             gradient = None
@@ -130,6 +142,7 @@ class CrossEntropy(torch.autograd.Function):
         kept = Kept(overwritten if gradient is None else gradient, *others)
         ctx.of_call = call, expectation, None, None, where
         if places(tensors) != where:
+            tensors = resolved(Tensors(*tensors))
             setup, kept = refitted(call, tensors, kept, expected)
         gradient = slope = None
         if setup.wanted.gradient:
@@ -151,7 +164,7 @@ def places(tensors):
 
 def refitted(call, tensors, kept, expected):
     """Setup and `Kept` for tensors that hooks on saved tensors brought back elsewhere: in other strides, it may be."""
-    setup = call.implementation.setup_for(call.problem, Tensors(*tensors), call.setup.wanted)
+    setup = call.implementation.setup_for(call.problem, tensors, call.setup.wanted)
     if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
         _, _, kept = setup.forward(tensors, expected)
     return setup, kept

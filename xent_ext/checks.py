@@ -392,7 +392,7 @@ def _check_sample_weight(sample_weight, seen, target):
 
 
 def _check_inplace(input):
-    if input.is_leaf:
+    if any(each.is_leaf and each.requires_grad for each in (input, input._base) if each is not None):
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
     if input._is_view() and torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
         raise RuntimeError("inplace=True can't overwrite a view that split, chunk, unbind or a custom function made")

@@ -54,6 +54,7 @@ def explain(
     arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     options = Options.that_differ(**options)
     problem, tensors = prepare(arguments, Options(**options) if options else None)
+    tensors = dispatch.plain(tensors)
     name, reason = dispatch.route(tensors, bool(options))
     traffic = None
     if name in ("triton", "cpu"):
