@@ -33,6 +33,8 @@ from .problem import Kept, Tensors, Upstream, Wanted
 
 def is_batched(upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    if torch.compiler.is_dynamo_compiling():  # compiled autograd refuses both
+        return False
     if torch._C._are_functorch_transforms_active():
         return True
     legacy = torch._C._functorch.is_legacy_batchedtensor
@@ -125,11 +127,14 @@ class CrossEntropy(torch.autograd.Function):
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
             return call.no_gradients
+        if torch.compiler.is_dynamo_compiling():
+            return None, None, *gradients_in_graph(ctx, upstream)
         saved = ctx.saved_tensors
         tensors = saved[: call.given]
         plain = must_be_plain(upstream)
         if problem.inplace:
-            refuse(ctx, plain, upstream, overwritten)
+            refuse(plain, upstream, overwritten)
+            check_version(overwritten, ctx.version)
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
@@ -212,13 +217,38 @@ def gradients(problem, tensors, needed, gradient, slope, losses, upstream):
 
 
 def sample_weight_gradient(problem, tensors, losses, upstream):
-    with torch.enable_grad():
-        f = tensors.sample_weight.detach().requires_grad_()
-        weights, counted = reference.row_weights(problem, tensors, losses)
-        loss = reference.reduced(
-            losses, weights, counted, f, tensors.normalizer, problem.reduction, problem.on_all_ignored
-        )
-        return torch.autograd.grad(loss.to(problem.dtype), f, upstream)[0]
+    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
+    f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
+    weights, counted = reference.row_weights(problem, tensors, losses)
+    if problem.reduction == "mean":
+        normalizer = tensors.normalizer
+        if normalizer is None:
+            weights = torch.ones_like(losses) if weights is None else weights
+            f = f if counted is None else torch.where(counted, f, 0.0)
+            normalizer = (f * weights).sum()
+            losses = losses - weights * ((f * losses).sum() / normalizer)
+        if problem.on_all_ignored == "zero":
+            upstream = torch.where(normalizer == 0, 0.0, upstream)
+            normalizer = torch.where(normalizer == 0, 1.0, normalizer)
+        upstream = upstream / normalizer
+    found = upstream * losses
+    return found if counted is None else torch.where(counted, found, 0.0)
+
+
+def gradients_in_graph(ctx, upstream):
+    """The gradients of the tensors given, as compiled autograd has them in its graph: made anew (see `ops`)."""
+    from . import ops  # which imports this
+
+    call, _, expected, overwritten, _ = ctx.of_call
+    problem, needed = call.problem, Tensors(*ctx.needs_input_grad[2:])
+    tensors, kept = ctx.saved_tensors[: call.given], Kept(None, *ctx.saved_tensors[call.given + 1 :])
+    if not problem.inplace:
+        return ops.gradients(ops.arguments(problem, Tensors(*tensors)), needed, upstream)[: call.given]
+    refuse(False, upstream, overwritten)
+    factor = upstream.loss.to(expected.dtype) / expected[0]
+    gradient = torch.ops.xent_ext.rescaled(overwritten, ctx.version, factor)
+    slope = None if kept.slope is None else kept.slope * factor
+    return gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)[: call.given]
 
 
 def differentiable_gradients(problem, tensors, needed, upstream):
@@ -271,8 +301,8 @@ def divisor(expected):
     return torch.stack((torch.where(factor.isfinite() & (factor != 0), factor, 1), torch.zeros_like(misses)))
 
 
-def refuse(ctx, plain, upstream, overwritten):
-    """Raise RuntimeError where the logits would be needed, but were overwritten, or their gradient was."""
+def refuse(plain, upstream, overwritten):
+    """Raise RuntimeError where the logits would be needed, but were overwritten."""
     reason = None
     if plain:
         reason = "for create_graph=True or batched gradients"
@@ -282,7 +312,11 @@ def refuse(ctx, plain, upstream, overwritten):
         reason = "to go through backward a second time"
     if reason:
         raise RuntimeError(f"cross_entropy(..., inplace=True) does not keep the logits, which are needed {reason}")
-    if overwritten._version != ctx.version:
+
+
+def check_version(overwritten, version):
+    """Raise RuntimeError where the gradient was overwritten that took the place of the logits."""
+    if overwritten._version != version:
         raise RuntimeError(
             "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
             "gradient in their place"

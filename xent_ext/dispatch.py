@@ -134,8 +134,8 @@ def with_statistics(problem, tensors, options, loss, stats):
 
 
 def check_values(problem, tensors):
-    """Raise IndexError for a class index out of range, where indices can be read: not of meta tensors, nor under vmap."""
-    with contextlib.suppress(RuntimeError):
+    """Raise IndexError for a class index out of range."""
+    with contextlib.suppress(RuntimeError):  # of tensors that can't be read: on the meta device, or under vmap
         checks.bad_class(problem, tensors)
 
 
