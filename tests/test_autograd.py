@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent_ext
 from bench import machine
-from xent_ext import ahead, backends, cpu, expectation
+from xent_ext import ahead, backends, cpu, dispatch, expectation
 from xent_ext.problem import Tensors, Upstream, Wanted
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -315,6 +315,21 @@ def test_saved_tensors_may_be_kept_elsewhere(fused, device, reduction):
         args["input"].grad = None
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["", "options"])
+def test_a_checkpoint_that_stops_early_is_no_error(monkeypatch, backend, options):
+    """It ends a forward pass by an exception, after which nobody looks for a wrong class index."""
+    monkeypatch.setattr(backends, "BACKEND", backend)
+    looked_at = []
+    monkeypatch.setattr(dispatch, "check_values", lambda *args: looked_at.append(args))
+    args = call()
+    target = args["target"]
+    expected = gradient(xent_ext.cross_entropy(args["input"], target, **options), args["input"])
+    loss = checkpoint(lambda x: xent_ext.cross_entropy(x, target, **options), args["input"], use_reentrant=False)
+    assert torch.equal(gradient(loss, args["input"]), expected)
+    assert not looked_at
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @both_targets
@@ -475,6 +490,20 @@ def test_transforms(fused, device, reduction, probabilities):
     args = call((4, 3), torch.float64, ignored=0.0, probabilities=probabilities, device=device)
     ours = dict(transforms(xent_ext.cross_entropy, args, reduction))
     torch.testing.assert_close(ours, dict(transforms(F.cross_entropy, args, reduction)))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["", "options"])
+@pytest.mark.parametrize("check", [False, True], ids=["", "check"])
+def test_class_indices_that_vmap_hides(monkeypatch, options, check):
+    """None can be read: right ones pass, and for a wrong one there is PyTorch's error, not one about reading it."""
+    monkeypatch.setattr(backends, "CHECK", check)
+    input, target = torch.randn(2, 4, 3), torch.tensor([[0, 1, 2, 2], [0, 1, 2, 0]])
+    loss = torch.func.vmap(lambda input, target: xent_ext.cross_entropy(input, target, **options))
+    alone = [xent_ext.cross_entropy(*pair, **options) for pair in zip(input, target, strict=True)]
+    torch.testing.assert_close(loss(input, target), torch.stack(alone))
+    target[0, 2] = 3
+    with pytest.raises((IndexError, RuntimeError), match="index 3 is out of bounds for dimension"):
+        loss(input, target)
 
 
 @all_reductions

@@ -34,6 +34,8 @@ from .problem import Kept, Tensors, Upstream, Wanted
 
 def is_batched(upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    if torch.compiler.is_dynamo_compiling():  # compiled autograd refuses both
+        return False
     if torch._C._are_functorch_transforms_active():
         return True
     legacy = torch._C._functorch.is_legacy_batchedtensor
@@ -41,6 +43,17 @@ def is_batched(upstream):
         if up is not None and legacy(up):
             return True
     return False
+
+
+def resolved(tensors):
+    """`Upstream` or `Tensors` whose memory holds their values, which is what kernels read.
+
+    That of a negative view holds the opposite; zeros that autograd made for itself have none.
+    """
+    for tensor in tensors:
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return tensors._make([None if each is None else each.clone() for each in tensors])
+    return tensors
 
 
 def saved_tensors_hooks():
@@ -122,14 +135,18 @@ class CrossEntropy(torch.autograd.Function):
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
             return call.no_gradients
+        if torch.compiler.is_dynamo_compiling():
+            return None, None, *gradients_in_graph(ctx, upstream)
         saved = ctx.saved_tensors
         tensors = saved[: call.given]
         plain = must_be_plain(upstream)
         if problem.inplace:
-            refuse(ctx, plain, upstream, overwritten)
+            refuse(plain, upstream, overwritten)
+            check_version(overwritten, ctx.version)
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
+        upstream = resolved(upstream)
         gradient, *others = saved[call.given :]
         if call.ahead is not None:
             call.ahead.went_back(gradient)
@@ -140,6 +157,7 @@ class CrossEntropy(torch.autograd.Function):
         kept = Kept(overwritten if gradient is None else gradient, *others)
         ctx.of_call = call, expectation, None, None, where
         if place_of(tensors[0]) != where:
+            tensors = resolved(Tensors(*tensors))
             setup, kept = refitted(call, tensors, kept, expected)
         gradient = slope = None
         if setup.wanted.gradient:
@@ -160,7 +178,7 @@ def place_of(logits):
 
 def refitted(call, tensors, kept, expected):
     """Setup and `Kept` for tensors that hooks on saved tensors brought back elsewhere: in other strides, it may be."""
-    setup = call.implementation.setup_for(call.problem, Tensors(*tensors), call.setup.wanted)
+    setup = call.implementation.setup_for(call.problem, tensors, call.setup.wanted)
     if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
         _, _, kept = setup.forward(tensors, expected)
     return setup, kept
@@ -208,13 +226,38 @@ def gradients(problem, tensors, needed, gradient, slope, losses, upstream):
 
 
 def sample_weight_gradient(problem, tensors, losses, upstream):
-    with torch.enable_grad():
-        f = tensors.sample_weight.detach().requires_grad_()
-        weights, counted = reference.row_weights(problem, tensors, losses)
-        loss = reference.reduced(
-            losses, weights, counted, f, tensors.normalizer, problem.reduction, problem.on_all_ignored
-        )
-        return torch.autograd.grad(loss.to(problem.dtype), f, upstream)[0]
+    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
+    f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
+    weights, counted = reference.row_weights(problem, tensors, losses)
+    if problem.reduction == "mean":
+        normalizer = tensors.normalizer
+        if normalizer is None:
+            weights = torch.ones_like(losses) if weights is None else weights
+            f = f if counted is None else torch.where(counted, f, 0.0)
+            normalizer = (f * weights).sum()
+            losses = losses - weights * ((f * losses).sum() / normalizer)
+        if problem.on_all_ignored == "zero":
+            upstream = torch.where(normalizer == 0, 0.0, upstream)
+            normalizer = torch.where(normalizer == 0, 1.0, normalizer)
+        upstream = upstream / normalizer
+    found = upstream * losses
+    return found if counted is None else torch.where(counted, found, 0.0)
+
+
+def gradients_in_graph(ctx, upstream):
+    """The gradients of the tensors given, as compiled autograd has them in its graph: made anew (see `ops`)."""
+    from . import ops  # which imports this
+
+    call, _, expected, overwritten, _ = ctx.of_call
+    problem, needed = call.problem, Tensors(*ctx.needs_input_grad[2:])
+    tensors, kept = ctx.saved_tensors[: call.given], Kept(None, *ctx.saved_tensors[call.given + 1 :])
+    if not problem.inplace:
+        return ops.gradients(ops.arguments(problem, Tensors(*tensors)), needed, upstream)[: call.given]
+    refuse(False, upstream, overwritten)
+    factor = upstream.loss.to(expected.dtype) / expected[0]
+    gradient = torch.ops.xent_ext.rescaled(overwritten, ctx.version, factor)
+    slope = None if kept.slope is None else kept.slope * factor
+    return gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)[: call.given]
 
 
 def differentiable_gradients(problem, tensors, needed, upstream):
@@ -267,8 +310,8 @@ def divisor(expected):
     return torch.stack((torch.where(factor.isfinite() & (factor != 0), factor, 1), torch.zeros_like(misses)))
 
 
-def refuse(ctx, plain, upstream, overwritten):
-    """Raise RuntimeError where the logits would be needed, but were overwritten, or their gradient was."""
+def refuse(plain, upstream, overwritten):
+    """Raise RuntimeError where the logits would be needed, but were overwritten."""
     reason = None
     if plain:
         reason = "for create_graph=True or batched gradients"
@@ -278,7 +321,11 @@ def refuse(ctx, plain, upstream, overwritten):
         reason = "to go through backward a second time"
     if reason:
         raise RuntimeError(f"cross_entropy(..., inplace=True) does not keep the logits, which are needed {reason}")
-    if overwritten._version != ctx.version:
+
+
+def check_version(overwritten, version):
+    """Raise RuntimeError where the gradient was overwritten that took the place of the logits."""
+    if overwritten._version != version:
         raise RuntimeError(
             "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
             "gradient in their place"

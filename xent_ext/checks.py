@@ -425,7 +425,7 @@ def _check_sample_weight(sample_weight, seen, target):
 
 
 def _check_inplace(input):
-    if input.is_leaf:
+    if any(each.is_leaf and each.requires_grad for each in (input, input._base) if each is not None):
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
     if any(tensor is not None and tensor.retains_grad for tensor in (input, input._base)):
         # Autograd would wait for the gradient of the new values. A hook in its place crashes where the input is a view.

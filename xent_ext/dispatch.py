@@ -13,6 +13,8 @@ A call that is like one that was seen before, in all but the values in its tenso
 for that: that its arguments are right, and a `Loss`, with its launches.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _len_torch_dispatch_stack
@@ -21,8 +23,7 @@ from torch.nn._reduction import get_enum
 
 from . import autograd, backends, checks, ops, reference
 from .backends import HAS_TRITON, implementation
-from .call import Arguments, is_autocast, prepare, problem_of, statistics, tensors_of
-from .problem import Tensors
+from .call import is_autocast, prepare, problem_of, statistics, tensors_of
 
 # Kept here, so that what stands under this name later does not matter.
 torch_cross_entropy = F.cross_entropy
@@ -38,6 +39,8 @@ SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fi
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What wrong arguments raise. A checkpoint, which stops a forward pass by an exception of its own, means none of these.
+WRONG = (IndexError, RuntimeError, TypeError, ValueError)
 
 
 def cross_entropy(owner, arguments, options=None):
@@ -51,8 +54,8 @@ def cross_entropy(owner, arguments, options=None):
     if found is None:
         if is_distributed(arguments.input) and backends.BACKEND != "torch":
             return of_shards(owner, arguments, options)
-        arguments = Arguments(*map(unwrapped, arguments))
         found = look_at(key, arguments, options)
+        arguments, options = plain(arguments), plain(options)
     if found is PYTORCH:
         return torch_cross_entropy(*arguments)
     if options is None:
@@ -102,20 +105,25 @@ def small(arguments):
                 input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
             )
         return torch_cross_entropy(*arguments)
-    except Exception:
+    except WRONG:
         check_values(*prepare(arguments, None))  # raises the same, said more clearly
         raise
 
 
 def with_options(owner, found, arguments, options):
     problem = problem_of(arguments, options) if found is FORMULA else found.problem
-    tensors = Tensors(*map(unwrapped, tensors_of(problem, arguments, options)))
-    try:
-        loss, stats = reference.compute(problem, tensors) if found is FORMULA else found(owner, tensors)
-    except Exception:
-        check_values(problem, tensors)  # the plain formula does not say which class index is wrong
-        raise
+    tensors = tensors_of(problem, arguments, options)
+    loss, stats = formula(problem, tensors) if found is FORMULA else found(owner, tensors)
     return with_statistics(problem, tensors, options, loss, stats)
+
+
+def formula(problem, tensors):
+    """The plain formula, with clearer errors."""
+    try:
+        return reference.compute(problem, tensors)
+    except WRONG:
+        check_values(problem, tensors)  # says which class index is wrong
+        raise
 
 
 def with_statistics(problem, tensors, options, loss, stats):
@@ -127,7 +135,8 @@ def with_statistics(problem, tensors, options, loss, stats):
 
 def check_values(problem, tensors):
     """Raise IndexError for a class index out of range."""
-    checks.bad_class(problem, tensors)
+    with contextlib.suppress(RuntimeError):  # of tensors that can't be read: on the meta device, or under vmap
+        checks.bad_class(problem, tensors)
 
 
 # --- What is kept from call to call
@@ -145,6 +154,7 @@ def forget():
 def look_at(key, arguments, options):
     """Check a call, and find who takes it."""
     problem, tensors = prepare(arguments, options)
+    tensors = plain(tensors)
     name, _ = route(tensors, options is not None)
     if backends.CHECK and name != "torch":
         check_values(problem, tensors)
@@ -207,14 +217,25 @@ def facts(t):
     if type(t) not in PLAIN:
         raise Unkept
     try:
-        return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad, t.is_neg()
+        start = t.data_ptr()  # 0 for zeros without memory
+        return t.shape, t.stride(), t.dtype, t.device, start % 16 if start else None, t.requires_grad, t.is_neg()
     except RuntimeError:  # it has no strides or no memory
         raise Unkept from None
 
 
-def unwrapped(tensor):
-    """The tensor that one stands for that has left a torch.func transform."""
-    return torch._C._functorch.unwrap_if_dead(tensor) if isinstance(tensor, torch.Tensor) else tensor
+def plain(given):
+    """`Arguments`, `Tensors`, or `Options` if there are any, with `plain_tensor` in the place of each."""
+    if given is None:
+        return None
+    return given._make([plain_tensor(value) if isinstance(value, torch.Tensor) else value for value in given])
+
+
+def plain_tensor(tensor):
+    """The tensor that one stands for that has left a torch.func transform, or whose subclass changes no operator."""
+    tensor = torch._C._functorch.unwrap_if_dead(tensor)
+    if type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(torch.Tensor)
 
 
 # --- Who takes it
@@ -264,7 +285,7 @@ def supported_route(tensors, with_options):
         return "torch", "XENT_EXT_BACKEND=torch"
     if reason := unsupported(tensors):
         return "torch", reason
-    if input.is_cuda or backends.BACKEND == "triton":
+    if input.is_cuda or (input.is_cpu and backends.BACKEND == "triton"):
         if not HAS_TRITON:
             return "torch", "Triton is not installed"
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
@@ -284,7 +305,7 @@ def kind_of_small(input):
 
 def unsupported(tensors):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
-    traced = torch.compiler.is_compiling()  # an operator gets no negative views
+    traced = torch.compiler.is_compiling()  # an operator gets neither negative views nor zeros without memory
     input, target, weight = tensors[:3]
     for tensor in tensors:
         if tensor is None:
@@ -295,6 +316,8 @@ def unsupported(tensors):
             return f"layout {tensor.layout}"
         if not traced and tensor.is_neg():
             return "negative view"
+        if not traced and tensor._is_zerotensor():
+            return "zeros without memory"
         if tensor.dtype not in DTYPES and (tensor is not target or tensor.is_floating_point()):
             return f"dtype {tensor.dtype}"
     if input.numel() == 0 or target.numel() == 0:

@@ -61,6 +61,7 @@ def explain(
     arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     given = Options.that_differ(**options)
     problem, tensors = prepare(arguments, Options(**given) if given else None)
+    tensors = dispatch.plain(tensors)
     name, reason = dispatch.route(tensors, bool(given))
     traffic = None
     if name in ("triton", "cpu"):

@@ -31,8 +31,8 @@ def install() -> None:
       Transformers' Trainer,
     - what `torch.jit.script` compiled or compiles: it gets PyTorch's own.
 
-    `__torch_function__` of tensor subclasses is given PyTorch's function, which their tables know. A `DTensor`,
-    too, goes to PyTorch's own, however it is sharded.
+    A `__torch_function__` that a tensor subclass has of its own is given PyTorch's function, which its tables know. A
+    `DTensor`, too, goes to PyTorch's own, however it is sharded.
     """
     _update(forever=True)
 
@@ -80,9 +80,9 @@ def cross_entropy(
         )
     if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
         # Subclasses may know PyTorch's function only; a mode, a default device for one, calls what it is given.
-        subclass = any(tensor is not None and type(tensor) not in PLAIN for tensor in (input, target, weight))
+        known = any(map(has_own_functions, (input, target, weight)))
         return handle_torch_function(
-            torch_cross_entropy if subclass else cross_entropy,
+            torch_cross_entropy if known else cross_entropy,
             (input, target, weight),
             input,
             target,
@@ -96,6 +96,14 @@ def cross_entropy(
     return dispatch.cross_entropy(
         None, Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     )
+
+
+def has_own_functions(tensor):
+    """Whether this is of a subclass with a `__torch_function__` of its own."""
+    if tensor is None or type(tensor) in PLAIN:
+        return False
+    inherited = torch.Tensor.__torch_function__.__func__
+    return getattr(type(tensor).__torch_function__, "__func__", None) is not inherited
 
 
 _lock = threading.Lock()

@@ -2,6 +2,7 @@
 
     forward     the loss, and a list of the statistics that are asked for
     backward    a list of the gradients that are needed; for that of `sample_weight` the row losses, of which it is made
+    rescaled    the gradient of a call with `inplace` that was made outside graphs, for compiled autograd
 
 A compiler settles before anything runs which operator owns which memory. It can't be told that the gradient made in the
 forward pass is the one to hand over if, and only if, the upstream gradient turns out to be the one that was expected.
@@ -121,6 +122,20 @@ def _(*arguments):
     return [torch.empty_like(tensor) for tensor, need in zip(tensors, arguments[-1], strict=True) if need]
 
 
+@torch.library.custom_op(
+    "xent_ext::rescaled", mutates_args=(), schema="(Tensor overwritten, int version, Tensor factor) -> Tensor"
+)
+def rescaled(overwritten, version, factor):
+    """The gradient that took the place of the logits in a call outside graphs, times a factor, in memory of its own."""
+    autograd.check_version(overwritten, version)
+    return overwritten * factor
+
+
+@rescaled.register_fake
+def _(overwritten, version, factor):
+    return torch.empty_like(overwritten)
+
+
 def save(ctx, inputs, output):
     count = len(Tensors._fields)
     ctx.save_for_backward(*inputs[:count])
@@ -133,20 +148,25 @@ def save(ctx, inputs, output):
 def differentiate(ctx, loss, stats):
     inputs = *ctx.saved_tensors, *ctx.options
     problem, tensors = call(inputs)
-    upstream = autograd.upstream_of(problem, loss, stats)
     needed = Tensors(*ctx.needs_input_grad[: len(tensors)])
-    needed = needed._replace(sample_weight=needed.sample_weight and loss is not None)
+    found = gradients(inputs, needed, autograd.upstream_of(problem, loss, stats))
+    return *found, *([] if value == [] else None for value in ctx.options)  # an empty list may be one of tensors
+
+
+def gradients(inputs, needed, upstream):
+    """`Tensors` of the gradients that are needed of a call, given as `arguments`; None for the others."""
+    problem, tensors = call(inputs)
+    needed = needed._replace(sample_weight=needed.sample_weight and upstream.loss is not None)
     if not any(needed) or not any(up is not None for up in upstream):
-        gradients = (None,) * len(tensors)
-    elif autograd.must_be_plain(upstream):
-        gradients = Tensors(*autograd.differentiable_gradients(problem, tensors, needed, upstream))
-    else:
-        found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
-        gradients = Tensors(*(next(found) if need else None for need in needed))
-        if needed.sample_weight:
-            weight = autograd.sample_weight_gradient(problem, tensors, gradients.sample_weight, loss)
-            gradients = gradients._replace(sample_weight=weight)
-    return *gradients, *([] if value == [] else None for value in ctx.options)  # an empty list may be one of tensors
+        return Tensors(None, None)
+    if autograd.must_be_plain(upstream):
+        return Tensors(*autograd.differentiable_gradients(problem, tensors, needed, upstream))
+    found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
+    found = Tensors(*(next(found) if need else None for need in needed))
+    if needed.sample_weight:
+        weight = autograd.sample_weight_gradient(problem, tensors, found.sample_weight, upstream.loss)
+        found = found._replace(sample_weight=weight)
+    return found
 
 
 forward.register_autograd(differentiate, setup_context=save)
