@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import xent_ext
 from bench import machine
-from xent_ext import cpu, dispatch, reference
+from xent_ext import cpu, dispatch, memory, reference
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -497,7 +497,7 @@ def test_memory_in_place_is_a_few_blocks(cpu_blocks, monkeypatch, dtype, options
     """Besides the logits, which become their gradient."""
     block = 1 << 16
     monkeypatch.setattr(cpu, "BLOCK_BYTES", block)
-    monkeypatch.setattr(cpu, "_kept", threading.local())
+    monkeypatch.setattr(memory, "_buffers", threading.local())
     leaf = torch.randn(8, 256, 512, dtype=dtype).requires_grad_()
     target = torch.randint(512, (8, 256))
     made = []
