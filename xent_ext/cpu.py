@@ -19,7 +19,7 @@ from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block: large enough that an operator on it outweighs its
 # dispatch and its hand-over to the other threads, small enough for the last-level cache.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 
 
 def forward(problem, tensors, wanted, expected):

@@ -137,19 +137,23 @@ class Order:
 
     def made(self, function, x, g):
         """A contiguous block with the softmax or log-softmax of x: in the gradient's place, if it is such a block."""
-        x = self.ordered(x)
+        x = self.loaded(x, "logits")  # not in the block itself: in place these take up to twice the time
         block = None if g is None else self.ordered(g)
         if block is None or block.dtype != self.acc or not block.is_contiguous():
             block = buffer(x.shape, self.acc)
-        return function(self.loaded(x, block), self.axis, out=block)
+        return function(x, self.axis, out=block)
 
-    def loaded(self, x, block):
-        """x as a contiguous block in the dtype that is computed in: as it is, or copied to `block`."""
-        if self.is_across(x):
-            if x.dtype != self.acc:
-                return block.copy_(copy_across(x, buffer(x.shape, x.dtype, "narrow")))
-            return copy_across(x, block)
-        return x if x.dtype == self.acc and x.is_contiguous() else block.copy_(x)
+    def loaded(self, x, name):
+        """x as a contiguous block in the dtype that is computed in: as it is, or in the buffer of this name."""
+        x = self.ordered(x)
+        if x.dtype == self.acc and x.is_contiguous():
+            return x
+        if not self.is_across(x):
+            return buffer(x.shape, self.acc, name).copy_(x)
+        if x.dtype != self.acc:
+            x = copy_across(x, buffer(x.shape, x.dtype, "narrow"))
+            return buffer(x.shape, self.acc, name).copy_(x)
+        return copy_across(x, buffer(x.shape, self.acc, name))
 
     def store(self, block, g):
         """Write a block to its gradient, where it is not there."""
@@ -173,8 +177,8 @@ class Order:
         """The mass that every class has beside the point mass, to be combined with a block."""
         if q is None:
             return self.smoothing
-        mass = buffer(self.ordered(q).shape, self.acc, "mass")
-        q = self.loaded(self.ordered(q), mass)
+        q = self.loaded(q, "mass")
+        mass = buffer(q.shape, self.acc, "mass")
         if self.rows.problem.label_smoothing > 0:
             q = self.rows.smoothed(q, out=mass)
         return q if self.weight is None else torch.mul(q, self.weight, out=mass)
