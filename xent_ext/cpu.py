@@ -70,7 +70,8 @@ def traffic(problem, tensors, want_gradient):
     logits = layout.rows * layout.classes * input.element_size()
     gradient = input.numel() * input.element_size() if want_gradient else 0
     copies = 0 if x.data_ptr() == input.data_ptr() else logits
-    buffers = not want_gradient or problem.reduction == "none" or input.dtype != acc
+    dense = want_gradient and (problem.probabilities or problem.label_smoothing > 0)
+    buffers = dense + (not want_gradient or problem.reduction == "none" or input.dtype != acc or dense)
     buffers += (problem.softcap is not None) + ("entropy" in problem.stats)
     kept = buffers * block * layout.classes * acc.itemsize
     values = (2 + len(problem.stats)) * layout.rows * acc.itemsize

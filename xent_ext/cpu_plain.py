@@ -34,12 +34,13 @@ def walk_indices(rows, order, g, scale):
     logp = torch.empty(rows.shape, dtype=rows.acc)
     factor = rows.cleared(scale if g is None or rows.weights is None else scale * rows.weights)
     function = torch.log_softmax if g is None else torch.softmax
+    minus_one = torch.tensor(-1, dtype=rows.acc)
     for x, to, ignored, index, found, f in rows.by_block(g, rows.index, logp, factor):
         block = order.made(function, x, to)
         places = order.places(index)
         torch.index_select(block.view(-1), 0, places, out=found.view(-1))
         if to is not None:
-            add(block, places, -1)
+            add(block, places, minus_one)
             order.store_times(block, f, to)
             clear_ignored(to, ignored, found)
     if g is not None:
@@ -66,19 +67,19 @@ def walk_dense(rows, order, g, scale):
     losses = torch.empty(rows.shape, dtype=rows.acc)
     point, factor = rows.point_mass(), rows.cleared(scale)
     for x, to, ignored, q, index, loss, f, at_index in rows.by_block(g, rows.q, rows.index, losses, factor, point):
-        block, b = order.made(torch.log_softmax, x, to), order.dense_mass(q)
-        loss.copy_(order.summed(block, b))
-        mass = order.mass(b)
+        logp = order.made(torch.log_softmax, x, None)
+        b = order.dense_mass(q)
+        loss.copy_(order.summed(logp, b))
         if index is not None:
             places = order.places(index)
-            loss.addcmul_(at_index, block.view(-1).index_select(0, places).view(loss.shape))
-            mass = mass + at_index
+            loss.addcmul_(logp.view(-1).index_select(0, places).view(loss.shape), at_index)
         if to is None:
             continue
-        block.exp_().mul_(order.by_row(mass * f))
-        block.addcmul_(b, order.by_row(f), value=-1)
+        upstream = torch.mul(b.expand(logp.shape), -order.by_row(f), out=buffer(logp.shape, logp.dtype, "mass"))
         if index is not None:
-            add(block, places, -at_index * f)
+            add(upstream, places, -at_index * f)
+        block = order.memory(logp, to, "scratch")
+        torch._log_softmax_backward_data(upstream, logp, order.axis, logp.dtype, out=block)
         order.store(block, to)
         clear_ignored(to, ignored, loss)
     return losses.neg_()
@@ -86,9 +87,7 @@ def walk_dense(rows, order, g, scale):
 
 def add(block, places, values):
     """Add values by row, or one for all rows, at their places in a block as a flat array."""
-    values = torch.as_tensor(values, dtype=block.dtype)
-    values = values.expand(places.shape) if values.dim() == 0 else values.reshape(-1)
-    block.view(-1).scatter_add_(0, places, values)
+    block.view(-1).scatter_add_(0, places, values.reshape(-1) if values.dim() else values.expand(places.shape))
 
 
 def clear_ignored(g, ignored, found):
@@ -103,16 +102,18 @@ class Order:
     def __init__(self, rows):
         self.rows, self.acc = rows, rows.acc
         _, inner_stride, class_stride = rows.layout.strides[0]
-        few = rows.layout.classes < FEW_CLASSES
-        self.axis = 1 if few or inner_stride < class_stride else 2
+        strided = rows.layout.inner > 1 and class_stride != 1 and inner_stride < class_stride
+        self.axis = 1 if strided or rows.layout.classes < FEW_CLASSES else 2
         if rows.index is not None:
-            outer, inner, classes = rows.block_shape()
-            first = torch.arange(outer).mul_(inner * classes).unsqueeze(1)
-            self.first = first + torch.arange(inner).mul_(1 if self.axis == 1 else classes)
+            self.first = self.first_places(*rows.block_shape())
         if rows.dense:
-            smoothing = rows.smoothing_mass()
-            self.smoothing_mass = smoothing.expand(rows.layout.classes).sum()
-            self.smoothing, self.weight = self.of_classes(smoothing), self.of_classes(rows.weight)
+            self.smoothing, self.weight = self.of_classes(rows.smoothing_mass()), self.of_classes(rows.weight)
+
+    def first_places(self, outer, inner, classes):
+        """For each row where its first class is in a block as a flat array."""
+        step = 1 if self.axis == 1 else classes
+        within = torch.arange(0, inner * step, step).unsqueeze(0)
+        return within if outer == 1 else within + torch.arange(outer).mul_(inner * classes).unsqueeze(1)
 
     def of_classes(self, values):
         """Values by class, one for all, or None, to be combined with a block."""
@@ -137,11 +138,15 @@ class Order:
 
     def made(self, function, x, g):
         """A contiguous block with the softmax or log-softmax of x: in the gradient's place, if it is such a block."""
-        x = self.loaded(x, "logits")  # not in the block itself: in place these take up to twice the time
-        block = None if g is None else self.ordered(g)
-        if block is None or block.dtype != self.acc or not block.is_contiguous():
-            block = buffer(x.shape, self.acc)
-        return function(x, self.axis, out=block)
+        x = self.loaded(x, "scratch")  # not in the block itself: in place these take up to twice the time
+        return function(x, self.axis, out=self.memory(x, g, "block"))
+
+    def memory(self, like, g, name):
+        """Where a block can be made: in its gradient, if that is contiguous in order and dtype, or in a buffer."""
+        to = None if g is None else self.ordered(g)
+        if to is not None and to.dtype == self.acc and to.is_contiguous():
+            return to
+        return buffer(like.shape, self.acc, name)
 
     def loaded(self, x, name):
         """x as a contiguous block in the dtype that is computed in: as it is, or in the buffer of this name."""
@@ -183,15 +188,11 @@ class Order:
             q = self.rows.smoothed(q, out=mass)
         return q if self.weight is None else torch.mul(q, self.weight, out=mass)
 
-    def mass(self, b):
-        """The sum of a dense mass over the classes, by row or for all rows."""
-        return b.sum(self.axis) if b.dim() == 3 else self.smoothing_mass
-
     def summed(self, block, b):
         """Sums by row of the block's values, each times its class's dense mass."""
         if b.dim() == 0:
             return block.sum(self.axis).mul_(b)
-        return torch.mul(block, b, out=buffer(block.shape, block.dtype, "product")).sum(self.axis)
+        return torch.mul(block, b, out=buffer(block.shape, block.dtype, "scratch")).sum(self.axis)
 
 
 def copy_across(source, to):
