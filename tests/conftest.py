@@ -61,7 +61,7 @@ def cpu_blocks(monkeypatch):
     """`xent_ext.cpu` takes every call that it can, however small. Returns its calls."""
     monkeypatch.setattr(dispatch, "BACKEND", "auto")
     monkeypatch.setattr(dispatch, "CHECK", False)
-    monkeypatch.setattr(dispatch, "is_small", lambda input: False)
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: False)
     return Calls().watch(monkeypatch, cpu)
 
 

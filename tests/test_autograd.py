@@ -308,7 +308,7 @@ def test_memory_is_the_gradient_and_a_few_blocks(
 @all_reductions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_grad_and_inference_mode(fused, device, reduction, dtype):
-    """They give the same loss, but for the roundings of log p and of p, and do not spoil a training step that follows."""
+    """They give the same loss, but for roundings, and do not spoil a training step that follows."""
     args = call(dtype=dtype, device=device)
     loss = xent_ext.cross_entropy(**args, reduction=reduction)
     expected = gradient(loss, args["input"])

@@ -2,8 +2,8 @@
 
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
-    CPU                           `xent_ext.cpu`; PyTorch's own for few logits, for half precision images and in
-                                  compiled graphs, where it is faster
+    CPU                           `xent_ext.cpu`; PyTorch's own where that is faster, see `xent_ext.cpu_own`, and in
+                                  compiled graphs
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
@@ -22,20 +22,14 @@ import os
 import torch
 from torch.autograd import forward_ad
 
+from . import cpu_own
+
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("XENT_EXT_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ValueError(f"XENT_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {BACKEND!r}")
 
 CHECK = os.environ.get("XENT_EXT_CHECK", "0") == "1"
-
-# On a CPU PyTorch's own, a few operators over everything, beats many over blocks while all stays in cache. Measured
-# on two cores of an AMD EPYC, forward and backward; by number of logits:
-SMALL = 1 << 16  # below this always; else below ...
-SMALL_FLOAT_ROWS = 1 << 20  # ... for (N, C) in float32 and float64
-SMALL_HALF_ROWS = 3 << 20  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
-SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
-SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found here: PyTorch's compiler can't trace the search
 
@@ -67,19 +61,12 @@ def implementation_for(input):
     return implementation("triton" if input.is_cuda or BACKEND == "triton" else "cpu")
 
 
-def is_small(input):
+def is_small(input, target):
     """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
-    if BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
+    if BACKEND != "auto" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
-    if torch.compiler.is_compiling():
-        return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
-    size = input.numel()
-    if size < SMALL:
-        return True
-    half = input.element_size() == 2
-    if input.dim() == 2:
-        return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if half else SMALL_FLOAT_ROWS)
-    return size < SMALL_IMAGES or (half and input.dim() > 2 and input.stride(1) != 1)
+    # The C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes.
+    return torch.compiler.is_compiling() or cpu_own.takes(input, target)
 
 
 def has_unknown_size(tensor):
@@ -117,10 +104,10 @@ def supported_route(tensors, with_options):
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if (torch.compiler.is_compiling() or not with_options) and is_small(input):
+    if (torch.compiler.is_compiling() or not with_options) and is_small(input, tensors.target):
         return (
             "torch",
-            "few logits, half precision images, or a compiled graph, on a CPU, where PyTorch's own is faster",
+            "few logits, or a compiled graph, on a CPU, where PyTorch's own is faster",
         )
     return "cpu", "the logits are on a CPU"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn._reduction import get_enum
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from . import autograd, checks, dispatch, ops, reference
+from . import autograd, checks, cpu_own, dispatch, ops, reference
 from .layout import batch_shape
 from .problem import CrossEntropyStats, Problem, Tensors
 
@@ -152,7 +152,7 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
     """`cross_entropy`, for the module `owner` or for none, with `Options` or None."""
     arguments = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if not dispatch.RECENT and torch.compiler.is_compiling():
-        return _torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, options, *arguments)
+        return pytorch(*arguments) if options is None else outside_graphs(owner, options, *arguments)
     if dispatch.is_distributed(input) and dispatch.BACKEND != "torch":
         from . import sharded  # which imports torch.distributed.tensor
 
@@ -161,26 +161,33 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
         return with_options(owner, options, *arguments)
     if torch.compiler.is_compiling():
         if any(isinstance(tensor, torch.Tensor) and dispatch.has_unknown_size(tensor) for tensor in (input, target)):
-            return _torch_cross_entropy(*arguments)
+            return pytorch(*arguments)
         name, _, problem, tensors = prepare(None, *arguments)
-        return _torch_cross_entropy(*arguments) if name == "torch" else ops.loss(problem, tensors)[0]
+        return pytorch(*arguments) if name == "torch" else ops.loss(problem, tensors)[0]
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
-    if dispatch.is_small(input):
+    if dispatch.is_small(input, target):
         try:
             if size_average is reduce is None and reduction in _REDUCTIONS:
                 # All that F.cross_entropy does, without another call: few logits take few microseconds.
-                return torch._C._nn.cross_entropy_loss(
+                return cpu_own.cross_entropy(
                     input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
                 )
-            return _torch_cross_entropy(*arguments)
+            return pytorch(*arguments)
         except Exception:
             prepare(None, *arguments, check_values=True)  # raises the same, said more clearly
             raise
     name, problem = checked(*arguments)
     if name == "torch":
-        return _torch_cross_entropy(*arguments)
+        return pytorch(*arguments)
     return run(owner, name, problem, Tensors(input, target, weight))[0]
+
+
+def pytorch(*arguments):
+    """F.cross_entropy as it was when this was imported; on a CPU with sums of half precision in float32."""
+    if dispatch.BACKEND == "torch":
+        return _torch_cross_entropy(*arguments)
+    return cpu_own.pytorch(_torch_cross_entropy, *arguments)
 
 
 # Breaks a graph that can't have it, which goes on after it.
