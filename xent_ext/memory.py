@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import sys
 import threading
 import time
 
@@ -24,14 +25,16 @@ def empty_like(tensor):
     size = tensor.numel() * tensor.element_size()
     if size < MAPPED or advise is None:
         return torch.empty_like(tensor)
-    stride = torch.empty_like(tensor, device="meta").stride()
     storage = _kept.take(size)
-    if storage is None:
-        storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
-        to_huge_pages(storage)
-        if size <= MOST_KEPT:
-            _kept.keep(storage)
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, stride)
+    if storage is not None:
+        stride = torch.empty_like(tensor, device="meta").stride()
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
+    made = torch.empty_like(tensor)
+    storage = made.untyped_storage()
+    to_huge_pages(storage)
+    if size <= MOST_KEPT:
+        _kept.keep(storage)
+    return made
 
 
 def to_huge_pages(storage):
@@ -77,7 +80,8 @@ class Kept:
             storage, self.storage = self.storage, None
             if storage is None or not (storage.nbytes() == self.size == size) or storage.is_shared():
                 return None
-            if torch._C._storage_Use_Count(storage._cdata) > 1:
+            # Tensors count in the one number, Python's names for the storage itself in the other: here it has two.
+            if torch._C._storage_Use_Count(storage._cdata) > 1 or sys.getrefcount(storage) > 2:
                 return None
             self.storage = storage
             self.renew()
