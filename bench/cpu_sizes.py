@@ -70,16 +70,27 @@ def cases(threads):
 def ratios(case: dict, seconds: float) -> dict[int, float]:
     """PyTorch's time over that of blocks, by number of logits."""
     found = {}
-    clock = time.process_time if case["threads"] == 1 else time.perf_counter
     for size in SIZES:
         if size < 4 * case["classes"] or (case["kind"] == "strided" and size < PIXELS[0] * PIXELS[1] * case["classes"]):
             continue
         logits, target = inputs(case, size)
-        own, blocks = least([pytorch, in_blocks], lambda function: step(function, logits, target), seconds, clock)
-        found[logits.numel()] = own / blocks
-        if all(ratio > SURE for ratio in list(found.values())[-2:]) and len(found) > 1:
+        found[logits.numel()] = ratio(logits, target, case["threads"], seconds)
+        if len(found) > 1 and all(ratio > SURE for ratio in list(found.values())[-2:]):
             break
     return found
+
+
+def ratio(logits, target, threads: int, seconds: float) -> float:
+    """PyTorch's least time over that of blocks, of turns that last so long together, or of three."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    best = {pytorch: float("inf"), xent_ext.cross_entropy: float("inf")}
+    end, turns = time.perf_counter() + seconds, 0
+    with mock.patch.object(dispatch, "is_small", never):
+        while turns < 3 or time.perf_counter() < end:
+            turns += 1
+            for function in best:
+                best[function] = min(best[function], timed(function, logits, target, clock))
+    return best[pytorch] / best[xent_ext.cross_entropy]
 
 
 def inputs(case: dict, size: int):
@@ -100,9 +111,18 @@ def pytorch(logits, target):
     return cpu_own.cross_entropy(logits, target, None, cpu_own.MEAN, -100, 0.0)
 
 
-def in_blocks(logits, target):
-    with mock.patch.object(dispatch, "is_small", lambda *_: False):
-        return xent_ext.cross_entropy(logits, target)
+def never(*_):  # not a Mock: to call one takes longer than much of what is timed
+    return False
+
+
+def timed(function, logits, target, clock, at_least: float = 0.002) -> float:
+    """Seconds of a call, of as many as last long enough to be timed."""
+    calls, start = 0, clock()
+    while True:
+        step(function, logits, target)
+        calls += 1
+        if (spent := clock() - start) > at_least:
+            return spent / calls
 
 
 def step(function, logits, target):
@@ -110,27 +130,6 @@ def step(function, logits, target):
         loss = function(logits, target)
     if logits.requires_grad:
         torch.autograd.grad(loss, logits)
-
-
-def least(functions, call, seconds: float, clock) -> list[float]:
-    """The least time of a call of each function, of turns that together last so long, or of three."""
-    best = [float("inf")] * len(functions)
-    end, turns = time.perf_counter() + seconds, 0
-    while turns < 3 or time.perf_counter() < end:
-        turns += 1
-        for i, function in enumerate(functions):
-            best[i] = min(best[i], timed(lambda: call(function), clock))
-    return best
-
-
-def timed(call, clock, at_least: float = 0.002) -> float:
-    """Seconds of a call, of as many as last long enough to be timed."""
-    calls, start = 0, clock()
-    while True:
-        call()
-        calls += 1
-        if (spent := clock() - start) > at_least:
-            return spent / calls
 
 
 def crossing(rows: list[dict]) -> int | None:
