@@ -34,13 +34,15 @@ def taken_by(shape, dtype=torch.float32, *, gradient=True, probabilities=False, 
     return dispatch.route(Tensors(input, target), with_options=False)[0]
 
 
-# Numbers of classes and an order of memory for each kind of logits.
+# A number of classes and an order of memory for each kind of logits.
+ROWS, IMAGES = (0, 2, 1), (0, 1, 2)
 KINDS = {
-    "few": (10, (0, 2, 1)),
-    "short": (19, (0, 2, 1)),
-    "long": (100, (0, 2, 1)),
-    "strided": (19, (0, 1, 2)),
-    "strided long": (100, (0, 1, 2)),
+    "few": (10, ROWS),
+    "short": (19, ROWS),
+    "long": (1000, ROWS),
+    "strided few": (2, IMAGES),
+    "strided": (19, IMAGES),
+    "strided long": (100, IMAGES),
 }
 
 
@@ -50,29 +52,40 @@ KINDS = {
 @both_targets
 def test_blocks_take_what_is_large(kind, dtype, gradient, probabilities):
     classes, order = KINDS[kind]
-    stride = 1 if order[-1] == 1 else 7
-    assert cpu_own.kind_of(classes, stride) == kind
-    least = cpu_own.least_for_blocks((1, classes, 1), (1, stride, 1), dtype, gradient, probabilities)
+    stride = 1 if order == ROWS else 7
+    assert cpu_own.kind(classes, stride) == kind
+    least = cpu_own.least_for_blocks((1, classes, 1), (1, stride, 1), dtype, 1, gradient, probabilities)
     options = {"gradient": gradient, "probabilities": probabilities, "order": order}
     positions = -(-least // classes)
     assert taken_by((1, classes, positions), dtype, **options) == "cpu"
     assert taken_by((1, classes, positions - 1), dtype, **options) == "torch"
 
 
-def test_gradients_that_are_not_wanted_count_as_forward():
-    classes = 100
-    rows = cpu_own.FROM["long"][0] // classes + 1
-    assert taken_by((rows, classes)) == "cpu"
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_threads_need_more_logits(kind):
+    """But no more than what PyTorch has mapped anew."""
+    classes, order = KINDS[kind]
+    call = (1, classes, 1), (1, 1 if order == ROWS else 7, 1), torch.float32
+    for gradient, dense in itertools.product([True, False], [False, True]):
+        sizes = [cpu_own.least_for_blocks(*call, threads, gradient, dense) for threads in (1, 2, 3, 64)]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] <= cpu_own.MAPPED // 4
+
+
+def test_a_gradient_that_is_not_wanted_does_not_count():
+    rows = cpu_own.LEAST["long"][0].gradient // 1000 + 1
+    assert taken_by((rows, 1000)) == "cpu"
     with torch.no_grad():
-        assert taken_by((rows, classes)) == "torch"
+        assert taken_by((rows, 1000)) == "torch"
 
 
 def test_sizes_decide(monkeypatch):
-    """The decision of `takes` is the one that calls follow, and both ways are right."""
-    monkeypatch.setattr(cpu_own, "FROM", dict.fromkeys(cpu_own.FROM, (100, 200)))
-    monkeypatch.setattr(cpu_own, "DENSE", 300)
-    shapes = [(4, 5), (40, 5), (1, 400), (3, 50), (2, 50, 3), (400,)]
-    for shape, dtype, probabilities in itertools.product(shapes, DTYPES, [False, True]):
+    """Calls on both sides of the least size are right."""
+    monkeypatch.setattr(cpu_own, "ALWAYS", 30)
+    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400),) * 2))
+    for shape, dtype, probabilities in itertools.product(
+        [(4, 5), (40, 5), (1, 400), (3, 50), (2, 50, 3), (400,)], DTYPES, [False, True]
+    ):
         args = make(shape, dtype, probabilities=probabilities)
         check(*args)
         with torch.no_grad():

@@ -17,9 +17,9 @@ from .plan import Traffic
 from .problem import NUMBERS, Made, Upstream, number
 from .reference import accumulation_dtype
 
-# Bytes of logits, in the dtype they are computed in, of one block, with one thread or two: large enough that an operator
-# on it outweighs its dispatch (13 us for all of a block) and its hand-over to the other threads, small enough for the
-# last-level cache. More threads have more cache, and want more to share.
+# Bytes of logits, in the dtype they are computed in, of one block, with one thread or two: large enough that an
+# operator on it outweighs its dispatch (13 us for all of a block) and its hand-over to the other threads, small enough
+# for the last-level cache. More threads have more cache, and want more to share.
 BLOCK_BYTES = 4 << 20
 
 
@@ -141,7 +141,7 @@ class Rows:
         return batch
 
     def read_index(self, index):
-        """Class indices; mask of the ignored rows, or None if there are none; weights of the rows, or None if all are 1.
+        """Class indices; mask of the ignored rows, or None if there are none; the rows' weights, or None if all are 1.
 
         IndexError for an index that is no class.
         """

@@ -4,6 +4,8 @@ PyTorch's own is a few operators over all logits, this package's are many over b
 faster one for few logits, and without a gradient as long as the memory of its log-probabilities is not mapped anew.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .layout import class_axis
@@ -15,49 +17,63 @@ HALF = (torch.float16, torch.bfloat16)
 
 # --- Which calls it takes
 
-# From so many logits on blocks take a call with a gradient: by where its classes are and how many, in float32 or float64
-# and in half precision. Measured on two cores of an AMD EPYC (Zen 5) by `python -m bench cpu_sizes`, which gives the
-# most favourable state of PyTorch's memory, and in fresh processes, where PyTorch's memory is given back to the system
-# and faulted in again from about a million logits on: there its time doubles.
-FROM = {
-    # A row shorter than a vector register takes PyTorch's softmax ten times as long.
-    "few": (1 << 15, 1 << 15),
-    "short": (1 << 20, 1 << 21),
-    "long": (1 << 20, 3 << 20),
-    "strided": (1 << 21, 1 << 21),
-    # Of many strided classes the blocks are parts of an image, which are copied.
-    "strided long": (1 << 21, 1 << 23),
+
+class Least(NamedTuple):
+    """From how many logits of a kind on blocks are faster, with one thread; None: where memory is mapped."""
+
+    gradient: int | None  # class indices, and a gradient
+    dense: int | None  # probabilities, and a gradient
+    forward: int | None  # class indices alone
+    dense_forward: int | None
+
+
+M = 1 << 20
+# By where the classes are and how many: in float32 or float64, and in half precision. Measured by `python -m bench
+# cpu_sizes` on an AMD EPYC (Zen 5), whose process keeps what PyTorch frees. In a fresh one PyTorch's time doubles from
+# about a million logits on, whose memory is given back and faulted in again: it decides where the two are close.
+LEAST = {
+    # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
+    "few": (Least(M >> 5, M >> 5, M >> 6, M >> 5),) * 2,
+    "short": (Least(4 * M, 8 * M, None, None), Least(4 * M, 4 * M, 4 * M, 4 * M)),
+    "long": (Least(M, 4 * M, None, None), Least(4 * M, 2 * M, None, 4 * M)),
+    "strided few": (Least(M, 4 * M, None, None), Least(M >> 2, 2 * M, M >> 2, 4 * M)),
+    "strided": (Least(2 * M, 4 * M, None, None), Least(4 * M, 2 * M, 2 * M, 4 * M)),
+    # Blocks of many strided classes are parts of an image, and must be copied.
+    "strided long": (Least(3 * M, 4 * M, None, None), Least(8 * M, 4 * M, None, 8 * M)),
 }
-FEW, SHORT = 16, 64  # below so many classes they are few, or a row is short
-DENSE = 1 << 21  # with probabilities blocks take as many operators as PyTorch: not below this
+ALWAYS = min(LEAST["few"][0])  # PyTorch's own takes what is smaller
 
 
 def takes(input, target):
     """Whether PyTorch's own is faster for these logits on the CPU; the arguments need not be valid."""
     size = input.numel()
-    if size < FROM["few"][0]:
+    if size < ALWAYS:
         return True
     if input.layout is not torch.strided:
         return False
     gradient = torch.is_grad_enabled() and input.requires_grad
     dense = isinstance(target, torch.Tensor) and target.is_floating_point()
-    return size < least_for_blocks(input.shape, input.stride(), input.dtype, gradient, dense)
+    return size < least_for_blocks(input.shape, input.stride(), input.dtype, torch.get_num_threads(), gradient, dense)
 
 
-def least_for_blocks(shape, stride, dtype, gradient, dense):
-    """From how many logits of this kind on blocks are faster, the target class indices or, if `dense`, probabilities."""
+def least_for_blocks(shape, stride, dtype, threads, gradient, dense):
+    """From how many logits of this kind on blocks are faster, the target class indices or, if `dense`, probabilities.
+
+    The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
+    But memory that PyTorch has mapped anew costs more than that.
+    """
     axis = class_axis(shape)
-    kind = kind_of(shape[axis], stride[axis])
-    if not gradient and kind != "few":
-        return MAPPED // dtype.itemsize
-    least = FROM[kind][dtype.itemsize == 2]
-    return max(least, DENSE) if dense and kind != "few" else least
+    least = LEAST[kind(shape[axis], stride[axis])][dtype.itemsize == 2]
+    least = (least.dense if dense else least.gradient) if gradient else least.dense_forward if dense else least.forward
+    mapped = MAPPED // dtype.itemsize
+    return mapped if least is None else min(least * threads, mapped)
 
 
-def kind_of(classes, class_stride):
-    if class_stride != 1:
-        return "strided" if classes < SHORT else "strided long"
-    return "few" if classes < FEW else "short" if classes < SHORT else "long"
+def kind(classes, stride):
+    """A key of `LEAST`, for logits with so many classes, so far apart in memory."""
+    if stride == 1:
+        return "few" if classes < 16 else "short" if classes < 256 else "long"
+    return "strided few" if classes < 8 else "strided" if classes < 64 else "strided long"
 
 
 # --- In half precision
