@@ -54,7 +54,7 @@ def test_blocks_take_what_is_large(kind, dtype, gradient, probabilities):
     classes, order = KINDS[kind]
     stride = 1 if order == ROWS else 7
     assert cpu_own.kind(classes, stride) == kind
-    least = cpu_own.least_for_blocks((1, classes, 1), (1, stride, 1), dtype, 1, gradient, probabilities)
+    least = cpu_own.least_for_blocks(classes, stride, dtype, 1, gradient, probabilities)
     options = {"gradient": gradient, "probabilities": probabilities, "order": order}
     positions = -(-least // classes)
     assert taken_by((1, classes, positions), dtype, **options) == "cpu"
@@ -65,7 +65,7 @@ def test_blocks_take_what_is_large(kind, dtype, gradient, probabilities):
 def test_more_threads_need_more_logits(kind):
     """But no more than what PyTorch has mapped anew."""
     classes, order = KINDS[kind]
-    call = (1, classes, 1), (1, 1 if order == ROWS else 7, 1), torch.float32
+    call = classes, 1 if order == ROWS else 7, torch.float32
     for gradient, dense in itertools.product([True, False], [False, True]):
         sizes = [cpu_own.least_for_blocks(*call, threads, gradient, dense) for threads in (1, 2, 3, 64)]
         assert sizes == sorted(sizes)
@@ -81,6 +81,7 @@ def test_a_gradient_that_is_not_wanted_does_not_count():
 
 def test_sizes_decide(monkeypatch):
     """Calls on both sides of the least size are right."""
+    cpu_own.least_for_blocks.cache_clear()
     monkeypatch.setattr(cpu_own, "ALWAYS", 30)
     monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400),) * 2))
     for shape, dtype, probabilities in itertools.product(
@@ -90,6 +91,7 @@ def test_sizes_decide(monkeypatch):
         check(*args)
         with torch.no_grad():
             check(*args, wanted=())
+    cpu_own.least_for_blocks.cache_clear()
 
 
 @pytest.mark.parametrize("input", ["text", None, 3], ids=str)

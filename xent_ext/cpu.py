@@ -88,8 +88,12 @@ def traffic(problem, tensors, want_gradient):
 
 def rows_per_block(layout, acc):
     size = BLOCK_BYTES * max(torch.get_num_threads() // 2, 1)
-    if layout.strides[0][2] != 1:
-        size //= 2  # of strided classes every row is gone over again and again: the smaller, the nearer the cache
+    if layout.classes < cpu_plain.FEW_CLASSES:
+        size //= (
+            4  # of few or strided classes every row is gone over again and again: the smaller, the nearer the cache
+        )
+    elif layout.strides[0][2] != 1:
+        size //= 2
     return max(size // (layout.classes * acc.itemsize), 1)
 
 

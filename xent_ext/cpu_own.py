@@ -4,6 +4,7 @@ PyTorch's own is a few operators over all logits, this package's are many over b
 faster one for few logits, and without a gradient as long as the memory of its log-probabilities is not mapped anew.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -51,27 +52,33 @@ def takes(input, target):
         return True
     if input.layout is not torch.strided:
         return False
-    gradient = torch.is_grad_enabled() and input.requires_grad
-    dense = isinstance(target, torch.Tensor) and target.is_floating_point()
-    return size < least_for_blocks(input.shape, input.stride(), input.dtype, torch.get_num_threads(), gradient, dense)
+    axis = class_axis(input.shape)
+    return size < least_for_blocks(
+        input.shape[axis],
+        input.stride(axis),
+        input.dtype,
+        torch.get_num_threads(),
+        torch.is_grad_enabled() and input.requires_grad,
+        isinstance(target, torch.Tensor) and target.is_floating_point(),
+    )
 
 
-def least_for_blocks(shape, stride, dtype, threads, gradient, dense):
+@functools.lru_cache(maxsize=1024)  # small calls wait for this
+def least_for_blocks(classes, class_stride, dtype, threads, gradient, dense):
     """From how many logits of this kind on blocks are faster, the target class indices or, if `dense`, probabilities.
 
     The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
     But memory that PyTorch has mapped anew costs more than that.
     """
-    axis = class_axis(shape)
-    least = LEAST[kind(shape[axis], stride[axis])][dtype.itemsize == 2]
+    least = LEAST[kind(classes, class_stride)][dtype.itemsize == 2]
     least = (least.dense if dense else least.gradient) if gradient else least.dense_forward if dense else least.forward
     mapped = MAPPED // dtype.itemsize
     return mapped if least is None else min(least * threads, mapped)
 
 
-def kind(classes, stride):
+def kind(classes, class_stride):
     """A key of `LEAST`, for logits with so many classes, so far apart in memory."""
-    if stride == 1:
+    if class_stride == 1:
         return "few" if classes < 16 else "short" if classes < 256 else "long"
     return "strided few" if classes < 8 else "strided" if classes < 64 else "strided long"
 
