@@ -25,13 +25,14 @@ def auto(monkeypatch):
 # --- Who takes a call
 
 
-def taken_by(shape, dtype=torch.float32, *, gradient=True, probabilities=False, order=None):
-    """The implementation of a call with a mean over logits of this shape, whose dimensions lie so in memory."""
+def taken_by(shape, dtype=torch.float32, column="gradient", order=None):
+    """The implementation of a call over logits of this shape, whose dimensions lie so in memory."""
     order = order or range(len(shape))
     memory = torch.empty([shape[d] for d in order], dtype=dtype)
-    input = memory.permute([list(order).index(d) for d in range(len(shape))]).requires_grad_(gradient)
-    target = torch.empty(shape) if probabilities else torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
-    return dispatch.route(Tensors(input, target), with_options=False)[0]
+    input = memory.permute([list(order).index(d) for d in range(len(shape))]).requires_grad_("forward" not in column)
+    target = torch.empty(shape) if "dense" in column else torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+    reduction = "none" if column == "deferred" else "mean"
+    return dispatch.route(Tensors(input, target), reduction, with_options=False)[0]
 
 
 # A number of classes and an order of memory for each kind of logits.
@@ -48,28 +49,25 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "forward"])
-@both_targets
-def test_blocks_take_what_is_large(kind, dtype, gradient, probabilities):
+@pytest.mark.parametrize("column", cpu_own.Least._fields)
+def test_blocks_take_what_is_large(kind, dtype, column):
     classes, order = KINDS[kind]
     stride = 1 if order == ROWS else 7
     assert cpu_own.kind(classes, stride) == kind
-    least = cpu_own.least_for_blocks(classes, stride, dtype, 1, gradient, probabilities)
-    options = {"gradient": gradient, "probabilities": probabilities, "order": order}
-    positions = -(-least // classes)
-    assert taken_by((1, classes, positions), dtype, **options) == "cpu"
-    assert taken_by((1, classes, positions - 1), dtype, **options) == "torch"
+    positions = -(-cpu_own.least_for_blocks(classes, stride, dtype, 1, column) // classes)
+    assert taken_by((1, classes, positions), dtype, column, order) == "cpu"
+    assert taken_by((1, classes, positions - 1), dtype, column, order) == "torch"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_threads_need_more_logits(kind):
+@pytest.mark.parametrize("column", cpu_own.Least._fields)
+def test_more_threads_need_more_logits(kind, column):
     """But no more than what PyTorch has mapped anew."""
     classes, order = KINDS[kind]
-    call = classes, 1 if order == ROWS else 7, torch.float32
-    for gradient, dense in itertools.product([True, False], [False, True]):
-        sizes = [cpu_own.least_for_blocks(*call, threads, gradient, dense) for threads in (1, 2, 3, 64)]
-        assert sizes == sorted(sizes)
-        assert sizes[-1] <= cpu_own.MAPPED // 4
+    stride = 1 if order == ROWS else 7
+    sizes = [cpu_own.least_for_blocks(classes, stride, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] <= cpu_own.MAPPED // 4
 
 
 def test_a_gradient_that_is_not_wanted_does_not_count():
@@ -83,7 +81,7 @@ def test_sizes_decide(monkeypatch):
     """Calls on both sides of the least size are right."""
     cpu_own.least_for_blocks.cache_clear()
     monkeypatch.setattr(cpu_own, "ALWAYS", 30)
-    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400),) * 2))
+    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400, 500),) * 2))
     for shape, dtype, probabilities in itertools.product(
         [(4, 5), (40, 5), (1, 400), (3, 50), (2, 50, 3), (400,)], DTYPES, [False, True]
     ):
@@ -96,7 +94,7 @@ def test_sizes_decide(monkeypatch):
 
 @pytest.mark.parametrize("input", ["text", None, 3], ids=str)
 def test_what_is_no_tensor_is_not_decided_here(input):
-    assert not dispatch.is_small(input, None)
+    assert not dispatch.is_small(input, None, "mean")
 
 
 # --- Half precision

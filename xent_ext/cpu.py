@@ -114,7 +114,9 @@ class Rows:
         else:
             self.read_index(self.by_row(tensors.target).long())
         if tensors.sample_weight is not None:
-            self.sample_weight = self.cleared(self.by_row(tensors.sample_weight))
+            self.sample_weight = self.by_row(tensors.sample_weight)
+            if self.ignored is not None:
+                self.sample_weight = self.sample_weight.masked_fill(self.ignored, 0)
         self.scale, self.softcap, self.z_loss = (number(name, problem, tensors) for name in NUMBERS)
         self.scaled = tensors.logit_scale is not None or problem.logit_scale != 1
         self.dense = problem.probabilities or problem.label_smoothing > 0
@@ -158,7 +160,7 @@ class Rows:
             checks.bad_class(self.problem, self.tensors)  # raises
         self.index = index
         if self.weight is not None:
-            self.weights = self.cleared(self.weight.take(index))
+            self.weights = self.cleared_(self.weight.index_select(0, index.reshape(-1)).view(self.shape))
         elif self.ignored is not None:
             self.weights = (~self.ignored).to(self.acc)
 
@@ -180,6 +182,14 @@ class Rows:
         scale = self.of_rows(upstream).to(self.acc) / self.normalizer()
         return scale if self.sample_weight is None else scale * self.sample_weight
 
+    def factor(self, scale, weights=None):
+        """What a row's gradient is multiplied by, (outer, inner) or 0-dim: 0 in ignored rows, whatever the scale."""
+        if self.ignored is None:
+            return scale if weights is None else scale * weights
+        if weights is not None and scale.dim() == 0 and scale.isfinite():
+            return scale * weights  # which are 0 there
+        return (scale.expand(self.shape) if weights is None else scale * weights).masked_fill(self.ignored, 0)
+
     def point_mass(self):
         """The mass at each row's class index beside the dense mass, (outer, inner) or 0-dim."""
         point = torch.tensor(1 - self.problem.label_smoothing, dtype=self.acc)
@@ -195,11 +205,9 @@ class Rows:
         eps = self.problem.label_smoothing
         return torch.add(torch.tensor(eps / self.layout.classes, dtype=self.acc), q, alpha=1 - eps, out=out)
 
-    def cleared(self, values, value=0):
-        """Values by row, one for all, or None, with this one in ignored rows."""
-        if self.ignored is None or values is None:
-            return values
-        return values.expand(self.shape).masked_fill(self.ignored, value)
+    def cleared_(self, values, value=0):
+        """Values by row, which are changed, or None: with this one in ignored rows."""
+        return values if self.ignored is None or values is None else values.masked_fill_(self.ignored, value)
 
     def block_shape(self):
         """(outer, inner, class) of the largest block."""
@@ -212,7 +220,7 @@ class Rows:
         A block of ignored rows alone is left out, so that its logits are not read; its gradient is written here.
         """
         for x, to, ignored, *rest in zip(*map(self.blocks, (self.x, g, self.ignored, *tensors)), strict=False):
-            if ignored is None or not ignored.all():
+            if ignored is None or not ignored[0, 0] or not ignored.all():
                 yield x, to, ignored, *rest
             elif to is not None:
                 to.zero_()

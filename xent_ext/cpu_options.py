@@ -71,7 +71,7 @@ class Walk:
         if rows.z_loss:
             losses.add_(self.lse(row).square_(), alpha=rows.z_loss)
         found = [self.stat(name, row, extras) for name in stats]
-        return rows.cleared(losses), found, rows.cleared(extras.get("slope"))
+        return rows.cleared_(losses), found, rows.cleared_(extras.get("slope"))
 
     def extras(self, upstream, with_slope, stats):
         """What options ask a block to fill in, or to read, for each row; by name."""
@@ -108,7 +108,7 @@ class Walk:
             value = extras["predicted"] == extras["true"]
         else:
             value = extras[name]
-        return self.rows.cleared(value, -1 if name == "predicted" else 0)
+        return self.rows.cleared_(value, -1 if name == "predicted" else 0)
 
     @staticmethod
     def lse(row):

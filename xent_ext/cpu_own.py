@@ -22,10 +22,11 @@ HALF = (torch.float16, torch.bfloat16)
 class Least(NamedTuple):
     """From how many logits of a kind on blocks are faster, with one thread; None: where memory is mapped."""
 
-    gradient: int | None  # class indices, and a gradient
-    dense: int | None  # probabilities, and a gradient
-    forward: int | None  # class indices alone
-    dense_forward: int | None
+    gradient: int | None  # of class indices, made in the forward pass
+    dense: int | None  # of probabilities
+    forward: int | None = None  # without a gradient
+    dense_forward: int | None = None
+    deferred: int | None = None  # made in backward, of row losses, from logits that are read again
 
 
 M = 1 << 20
@@ -34,44 +35,44 @@ M = 1 << 20
 # about a million logits on, whose memory is given back and faulted in again: it decides where the two are close.
 LEAST = {
     # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
-    "few": (Least(M >> 5, M >> 5, M >> 6, M >> 5),) * 2,
-    "short": (Least(4 * M, 8 * M, None, None), Least(4 * M, 4 * M, 4 * M, 4 * M)),
-    "long": (Least(M, 4 * M, None, None), Least(4 * M, 2 * M, None, 4 * M)),
-    "strided few": (Least(M, 4 * M, None, None), Least(M >> 2, 2 * M, M >> 2, 4 * M)),
-    "strided": (Least(2 * M, 4 * M, None, None), Least(4 * M, 2 * M, 2 * M, 4 * M)),
+    "few": (Least(M >> 5, M >> 5, M >> 6, M >> 5, M >> 4),) * 2,
+    "short": (Least(4 * M, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M)),
+    "long": (Least(M, 4 * M), Least(4 * M, 2 * M, None, 4 * M)),
+    "strided few": (Least(M, 4 * M), Least(M >> 2, 2 * M, M >> 2, 4 * M)),
+    "strided": (Least(2 * M, 4 * M), Least(4 * M, 2 * M, 2 * M, 4 * M)),
     # Blocks of many strided classes are parts of an image, and must be copied.
-    "strided long": (Least(3 * M, 4 * M, None, None), Least(8 * M, 4 * M, None, 8 * M)),
+    "strided long": (Least(3 * M, 4 * M), Least(8 * M, 4 * M, None, 8 * M)),
 }
 ALWAYS = min(LEAST["few"][0])  # PyTorch's own takes what is smaller
 
 
-def takes(input, target):
+def takes(input, target, reduction):
     """Whether PyTorch's own is faster for these logits on the CPU; the arguments need not be valid."""
     size = input.numel()
     if size < ALWAYS:
         return True
     if input.layout is not torch.strided:
         return False
-    axis = class_axis(input.shape)
-    return size < least_for_blocks(
-        input.shape[axis],
-        input.stride(axis),
-        input.dtype,
-        torch.get_num_threads(),
-        torch.is_grad_enabled() and input.requires_grad,
-        isinstance(target, torch.Tensor) and target.is_floating_point(),
-    )
+    shape = input.shape
+    axis = class_axis(shape)
+    dense = isinstance(target, torch.Tensor) and target.is_floating_point()
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        column = "dense_forward" if dense else "forward"
+    elif reduction == "none":
+        column = "deferred"
+    else:
+        column = "dense" if dense else "gradient"
+    return size < least_for_blocks(shape[axis], input.stride(axis), input.dtype, torch.get_num_threads(), column)
 
 
 @functools.lru_cache(maxsize=1024)  # small calls wait for this
-def least_for_blocks(classes, class_stride, dtype, threads, gradient, dense):
-    """From how many logits of this kind on blocks are faster, the target class indices or, if `dense`, probabilities.
+def least_for_blocks(classes, class_stride, dtype, threads, column):
+    """From how many logits of this kind on blocks are faster, for what a column of `LEAST` says.
 
     The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
     But memory that PyTorch has mapped anew costs more than that.
     """
-    least = LEAST[kind(classes, class_stride)][dtype.itemsize == 2]
-    least = (least.dense if dense else least.gradient) if gradient else least.dense_forward if dense else least.forward
+    least = getattr(LEAST[kind(classes, class_stride)][dtype.itemsize == 2], column)
     mapped = MAPPED // dtype.itemsize
     return mapped if least is None else min(least * threads, mapped)
 

@@ -26,13 +26,13 @@ def walk(rows, g, scale):
     the normaliser, 0-dim or (outer, inner).
     """
     order = Order(rows)
-    return rows.cleared((walk_dense if rows.dense else walk_indices)(rows, order, g, scale))
+    return rows.cleared_((walk_dense if rows.dense else walk_indices)(rows, order, g, scale))
 
 
 def walk_indices(rows, order, g, scale):
     """`walk` for class indices alone, whose losses and gradient are those of weight 1 times the rows' weights."""
     logp = torch.empty(rows.shape, dtype=rows.acc)
-    factor = rows.cleared(scale if g is None or rows.weights is None else scale * rows.weights)
+    factor = None if g is None else rows.factor(scale, rows.weights)
     function = torch.log_softmax if g is None else torch.softmax
     minus_one = torch.tensor(-1, dtype=rows.acc)
     for x, to, ignored, index, found, f in rows.by_block(g, rows.index, logp, factor):
@@ -44,18 +44,19 @@ def walk_indices(rows, order, g, scale):
             order.store_times(block, f, to)
             clear_ignored(to, ignored, found)
     if g is not None:
-        logp = log_of(logp, rows)
+        log_of_(logp, rows)
     return logp.neg_() if rows.weights is None else logp.neg_().mul_(rows.weights)
 
 
-def log_of(p, rows):
-    """log p of the targets: from their logits, where p is so small that it lost digits, or is 0."""
-    logp, smallest = p.log(), torch.finfo(rows.acc).max ** -0.75
+def log_of_(p, rows):
+    """log p of the targets in place of p: from their logits, where p is so small that it lost digits, or is 0."""
+    smallest = torch.finfo(rows.acc).max ** -0.75
     if p.amin() >= smallest:
-        return logp
+        return p.log_()
     unlikely = p < smallest
     if rows.ignored is not None:
         unlikely &= ~rows.ignored
+    logp = p.log_()
     for found in unlikely.nonzero().split(rows.rows_per_block):
         at = found.unbind(1)
         logp[at] = rows.x[at].to(rows.acc).log_softmax(-1).gather(1, rows.index[at].unsqueeze(1)).squeeze(1)
@@ -65,7 +66,7 @@ def log_of(p, rows):
 def walk_dense(rows, order, g, scale):
     """`walk` for probabilities and for smoothed class indices."""
     losses = torch.empty(rows.shape, dtype=rows.acc)
-    point, factor = rows.point_mass(), rows.cleared(scale)
+    point, factor = rows.point_mass(), None if g is None else rows.factor(scale)
     for x, to, ignored, q, index, loss, f, at_index in rows.by_block(g, rows.q, rows.index, losses, factor, point):
         logp = order.made(torch.log_softmax, x, None)
         b = order.dense_mass(q)

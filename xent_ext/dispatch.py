@@ -61,12 +61,12 @@ def implementation_for(input):
     return implementation("triton" if input.is_cuda or BACKEND == "triton" else "cpu")
 
 
-def is_small(input, target):
+def is_small(input, target, reduction):
     """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
     if BACKEND != "auto" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
     # The C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes.
-    return torch.compiler.is_compiling() or cpu_own.takes(input, target)
+    return torch.compiler.is_compiling() or cpu_own.takes(input, target, reduction)
 
 
 def has_unknown_size(tensor):
@@ -85,13 +85,13 @@ def is_autocast(input):
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def route(tensors, with_options):
+def route(tensors, reduction, with_options):
     """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
-    name, reason = supported_route(tensors, with_options)
+    name, reason = supported_route(tensors, reduction, with_options)
     return ("plain" if with_options and name == "torch" else name), reason
 
 
-def supported_route(tensors, with_options):
+def supported_route(tensors, reduction, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     input = tensors.input
     if BACKEND == "torch":
@@ -104,7 +104,7 @@ def supported_route(tensors, with_options):
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if (torch.compiler.is_compiling() or not with_options) and is_small(input, tensors.target):
+    if (torch.compiler.is_compiling() or not with_options) and is_small(input, tensors.target, reduction):
         return (
             "torch",
             "few logits, or a compiled graph, on a CPU, where PyTorch's own is faster",

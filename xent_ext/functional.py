@@ -166,7 +166,7 @@ def fused(owner, options, input, target, weight, size_average, ignore_index, red
         return pytorch(*arguments) if name == "torch" else ops.loss(problem, tensors)[0]
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(cross_entropy, (input, target, weight), *arguments)
-    if dispatch.is_small(input, target):
+    if dispatch.is_small(input, target, reduction):
         try:
             if size_average is reduce is None and reduction in _REDUCTIONS:
                 # All that F.cross_entropy does, without another call: few logits take few microseconds.
@@ -267,7 +267,7 @@ def signature(input, target, weight, size_average, ignore_index, reduce, reducti
 def prepare(options, *arguments, check_values=False):
     """Check a call's arguments; return the name of its implementation, the reason for it, Problem and Tensors."""
     problem, tensors = describe(options, *arguments)
-    name, reason = dispatch.route(tensors, options is not None)
+    name, reason = dispatch.route(tensors, problem.reduction, options is not None)
     check_values = check_values or (dispatch.CHECK and name != "torch" and not torch.compiler.is_compiling())
     if check_values:
         checks.bad_class(problem, tensors)
