@@ -13,7 +13,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 pytest.register_assert_rewrite("parity")
 
-from xent_ext import autograd, cpu, dispatch  # noqa: E402
+from xent_ext import autograd, cpu, dispatch, memory  # noqa: E402
 
 TORCH = dispatch.release(torch.__version__)
 current_corners = pytest.mark.skipif(
@@ -35,6 +35,12 @@ def one_thread():
 def nothing_expected():
     """Each test's first upstream gradient is expected to be 1."""
     autograd.shared_expectation.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Each test's first gradient has memory of its own."""
+    monkeypatch.setattr(memory, "_kept", memory.Kept())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -184,11 +184,11 @@ class Rows:
         scale = self.of_rows(upstream).to(self.acc) / self.normalizer()
         return scale if self.sample_weight is None else scale * self.sample_weight
 
-    def factor(self, scale, weights=None):
-        """What a row's gradient is multiplied by, (outer, inner) or 0-dim: 0 in ignored rows, whatever the scale."""
-        if weights is None:
-            weights = self.counted
-        return scale if weights is None else self.cleared_(scale * weights)
+    def finite_if_ignored(self, scale):
+        """A scale whose product with the weights of ignored rows, 0, is 0."""
+        if self.ignored is None or (scale.dim() == 0 and scale.isfinite()):
+            return scale
+        return scale.expand(self.shape).masked_fill(self.ignored, 0)
 
     def point_mass(self):
         """The mass at each row's class index beside the dense mass, (outer, inner) or 0-dim."""

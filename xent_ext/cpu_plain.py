@@ -25,23 +25,22 @@ def walk(rows, g, scale):
     The gradient is written to g, (outer, inner, class), unless that is None. `scale` is then the upstream gradient over
     the normaliser, 0-dim or (outer, inner).
     """
-    order = Order(rows)
+    order, scale = Order(rows), None if g is None else rows.finite_if_ignored(scale)
     return rows.cleared_((walk_dense if rows.dense else walk_indices)(rows, order, g, scale))
 
 
 def walk_indices(rows, order, g, scale):
     """`walk` for class indices alone, whose losses and gradient are those of weight 1 times the rows' weights."""
     logp = torch.empty(rows.shape, dtype=rows.acc)
-    factor = None if g is None else rows.factor(scale, rows.weights)
     function = torch.log_softmax if g is None else torch.softmax
     minus_one = torch.tensor(-1, dtype=rows.acc)
-    for x, to, ignored, index, found, f in rows.by_block(g, rows.index, logp, factor):
+    for x, to, ignored, index, found, f, weights in rows.by_block(g, rows.index, logp, scale, rows.weights):
         block = order.made(function, x, to)
         places = order.places(index)
         torch.index_select(block.view(-1), 0, places, out=found.view(-1))
         if to is not None:
             add(block, places, minus_one)
-            order.store_times(block, f, to)
+            order.store_times(block, f if weights is None else f * weights, to)
             clear_ignored(to, ignored, found)
     if g is not None:
         log_of_(logp, rows)
@@ -66,8 +65,9 @@ def log_of_(p, rows):
 def walk_dense(rows, order, g, scale):
     """`walk` for probabilities and for smoothed class indices."""
     losses = torch.empty(rows.shape, dtype=rows.acc)
-    point, factor = rows.point_mass(), None if g is None else rows.factor(scale)
-    for x, to, ignored, q, index, loss, f, at_index in rows.by_block(g, rows.q, rows.index, losses, factor, point):
+    point = rows.point_mass()
+    tensors = (rows.q, rows.index, losses, scale, rows.counted, point)
+    for x, to, ignored, q, index, loss, f, counted, at_index in rows.by_block(g, *tensors):
         logp = order.made(torch.log_softmax, x, None)
         b = order.dense_mass(q)
         loss.copy_(order.summed(logp, b))
@@ -76,6 +76,7 @@ def walk_dense(rows, order, g, scale):
             loss.addcmul_(logp.view(-1).index_select(0, places).view(loss.shape), at_index)
         if to is None:
             continue
+        f = f if counted is None else f * counted
         upstream = torch.mul(b.expand(logp.shape), -order.by_row(f), out=buffer(logp.shape, logp.dtype, "mass"))
         if index is not None:
             add(upstream, places, -at_index * f)

@@ -14,8 +14,9 @@ HUGE_PAGE = 2 << 20
 # THRESHOLD_MAX. The kernel then hands it out by pages of 4 KiB, and 262 MB of them take 87 ms of CPU time where to
 # write them takes 8. By pages of 2 MiB it is 12 ms, and nothing if they were kept.
 MAPPED = 32 << 20
-# One gradient's memory is kept, if it is no larger than this, for the next gradient of its size ...
-MOST_KEPT = 1 << 30
+# One gradient's memory is kept for the next gradient of its size, if it is so large that the C library may give it
+# back, which depends on what was freed before, and no larger than this, ...
+LEAST_KEPT, MOST_KEPT = 4 << 20, 1 << 30
 # ... but no longer than this: whoever calls less often would save less than a hundredth of the time between the calls.
 KEPT_SECONDS = 2.0
 
@@ -23,7 +24,7 @@ KEPT_SECONDS = 2.0
 def empty_like(tensor):
     """`torch.empty_like` for a tensor on the CPU. What is large has huge pages, where the system has them."""
     size = tensor.numel() * tensor.element_size()
-    if size < MAPPED or advise is None:
+    if size < LEAST_KEPT:
         return torch.empty_like(tensor)
     storage = _kept.take(size)
     if storage is not None:
@@ -31,7 +32,8 @@ def empty_like(tensor):
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
     made = torch.empty_like(tensor)
     storage = made.untyped_storage()
-    to_huge_pages(storage)
+    if size >= MAPPED and advise is not None:
+        to_huge_pages(storage)
     if size <= MOST_KEPT:
         _kept.keep(storage)
     return made
