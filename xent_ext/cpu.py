@@ -88,10 +88,9 @@ def traffic(problem, tensors, want_gradient):
 
 def rows_per_block(layout, acc):
     size = BLOCK_BYTES * max(torch.get_num_threads() // 2, 1)
+    # Of few or of strided classes every row is gone over again and again: the smaller a block, the nearer its cache.
     if layout.classes < cpu_plain.FEW_CLASSES:
-        size //= (
-            4  # of few or strided classes every row is gone over again and again: the smaller, the nearer the cache
-        )
+        size //= 4
     elif layout.strides[0][2] != 1:
         size //= 2
     return max(size // (layout.classes * acc.itemsize), 1)
