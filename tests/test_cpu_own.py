@@ -25,49 +25,47 @@ def auto(monkeypatch):
 # --- Who takes a call
 
 
-def taken_by(shape, dtype=torch.float32, column="gradient", order=None):
-    """The implementation of a call over logits of this shape, whose dimensions lie so in memory."""
-    order = order or range(len(shape))
-    memory = torch.empty([shape[d] for d in order], dtype=dtype)
-    input = memory.permute([list(order).index(d) for d in range(len(shape))]).requires_grad_("forward" not in column)
+def taken_by(shape, dtype=torch.float32, column="gradient"):
+    """The implementation of a call over logits of this shape."""
+    input = torch.empty(shape, dtype=dtype, requires_grad="forward" not in column)
     target = torch.empty(shape) if "dense" in column else torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
     reduction = "none" if column == "deferred" else "mean"
     return dispatch.route(Tensors(input, target), reduction, with_options=False)[0]
 
 
-# A number of classes and an order of memory for each kind of logits.
-ROWS, IMAGES = (0, 2, 1), (0, 1, 2)
+# A number of classes for each kind of logits, and whether they are strided.
 KINDS = {
-    "few": (10, ROWS),
-    "short": (19, ROWS),
-    "long": (1000, ROWS),
-    "strided few": (2, IMAGES),
-    "strided": (19, IMAGES),
-    "strided long": (100, IMAGES),
+    "few": (10, False),
+    "short": (19, False),
+    "long": (1000, False),
+    "strided few": (2, True),
+    "strided": (19, True),
+    "strided long": (100, True),
 }
+each_kind = pytest.mark.parametrize(("classes", "strided"), KINDS.values(), ids=KINDS)
+each_column = pytest.mark.parametrize("column", cpu_own.Least._fields)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
+@each_column
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("column", cpu_own.Least._fields)
-def test_blocks_take_what_is_large(kind, dtype, column):
-    classes, order = KINDS[kind]
-    stride = 1 if order == ROWS else 7
-    assert cpu_own.kind(classes, stride) == kind
-    positions = -(-cpu_own.least_for_blocks(classes, stride, dtype, 1, column) // classes)
-    assert taken_by((1, classes, positions), dtype, column, order) == "cpu"
-    assert taken_by((1, classes, positions - 1), dtype, column, order) == "torch"
+def test_blocks_take_what_is_large(classes, strided, column, dtype):
+    positions = -(-cpu_own.least_for_blocks(classes, strided, dtype, 1, column) // classes)
+    for count, name in ((positions, "cpu"), (positions - 1, "torch")):
+        assert taken_by((1, classes, count) if strided else (count, classes), dtype, column) == name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("column", cpu_own.Least._fields)
-def test_more_threads_need_more_logits(kind, column):
+@each_kind
+@each_column
+def test_more_threads_need_more_logits(classes, strided, column):
     """But no more than what PyTorch has mapped anew."""
-    classes, order = KINDS[kind]
-    stride = 1 if order == ROWS else 7
-    sizes = [cpu_own.least_for_blocks(classes, stride, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
+    sizes = [cpu_own.least_for_blocks(classes, strided, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
     assert sizes == sorted(sizes)
     assert sizes[-1] <= cpu_own.MAPPED // 4
+
+
+def test_each_kind_has_a_name():
+    assert {name: cpu_own.kind(*numbers) for name, numbers in KINDS.items()} == {name: name for name in cpu_own.LEAST}
 
 
 def test_a_gradient_that_is_not_wanted_does_not_count():

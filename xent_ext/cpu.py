@@ -19,8 +19,9 @@ from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block, with one thread or two: large enough that an
 # operator on it outweighs its dispatch (13 us for all of a block) and its hand-over to the other threads, small enough
-# for the last-level cache. More threads have more cache, and want more to share.
+# for the last-level cache. More threads have more cache, and want more to share: up to this many times as much.
 BLOCK_BYTES = 4 << 20
+MOST_SHARES = 8
 
 
 def forward(problem, tensors, wanted, expected):
@@ -87,7 +88,7 @@ def traffic(problem, tensors, want_gradient):
 
 
 def rows_per_block(layout, acc):
-    size = BLOCK_BYTES * max(torch.get_num_threads() // 2, 1)
+    size = BLOCK_BYTES * min(max(torch.get_num_threads() // 2, 1), MOST_SHARES)
     # Of few or of strided classes every row is gone over again and again: the smaller a block, the nearer its cache.
     if layout.classes < cpu_plain.FEW_CLASSES:
         size //= 4

@@ -62,26 +62,28 @@ def takes(input, target, reduction):
         column = "deferred"
     else:
         column = "dense" if dense else "gradient"
-    return size < least_for_blocks(shape[axis], input.stride(axis), input.dtype, torch.get_num_threads(), column)
+    # Logits of more dimensions PyTorch copies to where it has their classes strided.
+    strided = len(shape) > 2 or input.stride(axis) != 1
+    return size < least_for_blocks(shape[axis], strided, input.dtype, torch.get_num_threads(), column)
 
 
 @functools.lru_cache(maxsize=1024)  # small calls wait for this
-def least_for_blocks(classes, class_stride, dtype, threads, column):
+def least_for_blocks(classes, strided, dtype, threads, column):
     """From how many logits of this kind on blocks are faster, for what a column of `LEAST` says.
 
     The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
     But memory that PyTorch has mapped anew costs more than that.
     """
-    least = getattr(LEAST[kind(classes, class_stride)][dtype.itemsize == 2], column)
+    least = getattr(LEAST[kind(classes, strided)][dtype.itemsize == 2], column)
     mapped = MAPPED // dtype.itemsize
     return mapped if least is None else min(least * threads, mapped)
 
 
-def kind(classes, class_stride):
-    """A key of `LEAST`, for logits with so many classes, so far apart in memory."""
-    if class_stride == 1:
-        return "few" if classes < 16 else "short" if classes < 256 else "long"
-    return "strided few" if classes < 8 else "strided" if classes < 64 else "strided long"
+def kind(classes, strided):
+    """A key of `LEAST`, for logits with so many classes."""
+    if strided:
+        return "strided few" if classes < 8 else "strided" if classes < 64 else "strided long"
+    return "few" if classes < 16 else "short" if classes < 256 else "long"
 
 
 # --- In half precision

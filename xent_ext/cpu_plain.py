@@ -198,9 +198,9 @@ class Order:
 
 
 def copy_across(source, to):
-    """Copy to contiguous memory in another order; PyTorch has a quick way for two dimensions."""
-    if len(to) == 1:
-        to[0].copy_(source[0])
-    else:
-        to.copy_(source)
+    """Copy to contiguous memory in another order: PyTorch has a quick way, for two dimensions of 60 x 60 or more."""
+    if to[0].numel() < 3600:
+        return to.copy_(source)
+    for one, other in zip(to, source, strict=True):
+        one.copy_(other)
     return to

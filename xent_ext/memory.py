@@ -96,9 +96,13 @@ class Kept:
             self.start(KEPT_SECONDS)
 
     def start(self, seconds):
-        self.timer = threading.Timer(seconds, self.expire)
-        self.timer.daemon = True
-        self.timer.start()
+        timer = threading.Timer(seconds, self.expire)
+        timer.daemon = True
+        try:
+            timer.start()
+            self.timer = timer
+        except RuntimeError:  # no thread starts while the interpreter ends
+            self.storage = None
 
     def expire(self):
         with self.lock:
