@@ -1,7 +1,7 @@
 """Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
     __main__       the command line: a command is a module of this package
-    run, memory, traffic, overhead, train, tune, kernels, plot, compare
+    run, memory, traffic, overhead, train, tune, cpu_sizes, kernels, plot, compare
                    the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation
     shapes, tasks  what is measured: logits, and models to train

@@ -15,6 +15,7 @@ COMMANDS = {
     "plot": "draw the plots of a folder's results again, and its page",
     "compare": "compare two results, with an exit status for what became slower",
     "tune": "search the launch numbers for a GPU; without one, print what the plan chooses",
+    "cpu_sizes": "measure from how many logits on blocks beat PyTorch's own on a CPU",
     "kernels": "compile every variant of the kernels, without a GPU",
 }
 # Without a command: what takes about two minutes.

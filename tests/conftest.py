@@ -13,7 +13,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 pytest.register_assert_rewrite("parity")
 
-from xent_ext import backends, cpu, dispatch, expectation  # noqa: E402
+from xent_ext import backends, cpu, dispatch, expectation, memory  # noqa: E402
 
 TORCH = backends.release(torch.__version__)
 current_corners = pytest.mark.skipif(
@@ -36,6 +36,12 @@ def nothing_expected():
     """Each test's first upstream gradient is expected to be 1."""
     expectation.shared_expectation.cache_clear()
     dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Each test's first gradient has memory of its own."""
+    monkeypatch.setattr(memory, "_kept", memory.Kept())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -62,7 +68,7 @@ def cpu_blocks(monkeypatch):
     """`xent_ext.cpu` takes every call that it can, however small. Returns its calls."""
     monkeypatch.setattr(backends, "BACKEND", "auto")
     monkeypatch.setattr(backends, "CHECK", False)
-    monkeypatch.setattr(dispatch, "is_small", lambda input: False)
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: False)
     return Calls().watch(monkeypatch, cpu)
 
 

@@ -10,7 +10,7 @@ from parity import assert_as_good, expectation_of, make, outcome, truth
 
 import xent_ext
 from bench import machine
-from xent_ext import cpu
+from xent_ext import cpu, memory
 
 SCALE = 65536.0
 
@@ -35,7 +35,7 @@ def test_no_copy_of_the_logits(cpu_blocks, monkeypatch, dtype, reduction):
     """Under autocast a training step takes the memory of one gradient in half precision, and some blocks."""
     block = 1 << 16
     monkeypatch.setattr(cpu, "BLOCK_BYTES", block)
-    monkeypatch.setattr(cpu, "_kept", threading.local())
+    monkeypatch.setattr(memory, "_buffers", threading.local())
     input, target, _ = make((2048, 512), dtype)
     input.requires_grad_()
 

@@ -419,7 +419,7 @@ MISTAKEN = {
 @pytest.mark.parametrize(("arguments", "advice"), MISTAKEN.values(), ids=MISTAKEN)
 def test_frequent_mistakes_are_told_what_to_pass(monkeypatch, arguments, advice, small):
     """And that is right."""
-    monkeypatch.setattr(dispatch, "is_small", lambda input: small)
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: small)
     error = raised(xent_ext.cross_entropy, **arguments)
     assert f"ass {advice}" in str(error) or f"or {advice}" in str(error)
     for expression in advice.split(" with "):

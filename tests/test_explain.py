@@ -11,6 +11,7 @@ from xent_ext import backends
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 INDICES = torch.zeros(3, dtype=torch.int64)
+AS_FAST = "PyTorch's own is as fast for logits of this kind and size on a CPU"
 IMAGES = torch.empty(4, 16, 256, 256, dtype=torch.bfloat16), torch.empty(4, 256, 256, dtype=torch.int64)
 
 
@@ -33,7 +34,7 @@ def test_it_is_shown_once(capsys):
     explanation = xent_ext.explain(torch.randn(3, 5), INDICES)
     assert not capsys.readouterr().out
     assert repr(explanation) == str(explanation)
-    assert str(explanation) == "implementation  torch: few logits on a CPU, where PyTorch's own is faster"
+    assert str(explanation) == f"implementation  torch: {AS_FAST}"
 
 
 def probabilities(**options):
@@ -43,13 +44,12 @@ def probabilities(**options):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((torch.randn(3, 5), INDICES), "few logits on a CPU, where PyTorch's own is faster"),
-        (IMAGES, "half precision images on a CPU, where PyTorch's own is faster"),
+        ((torch.randn(3, 5), INDICES), AS_FAST),
         ((IMAGES[0].to(memory_format=torch.channels_last), IMAGES[1]), "the logits are on a CPU"),
         (probabilities(requires_grad=True), "a gradient with respect to the target is wanted"),
         ((*probabilities(), torch.ones(5, requires_grad=True)), "a gradient with respect to the weight is wanted"),
     ],
-    ids=["few logits", "images", "channels last", "target", "weight"],
+    ids=["few logits", "channels last", "target", "weight"],
 )
 def test_the_reason_that_applies(arguments, reason):
     assert xent_ext.explain(*arguments).reason == reason
@@ -65,4 +65,4 @@ def test_the_reason_in_a_compiled_graph():
         return logits + 1
 
     explained(torch.randn(3, 5))
-    assert reasons == ["a compiled graph on a CPU, where PyTorch's own is faster"]
+    assert reasons == ["PyTorch's own is as fast for a compiled graph on a CPU"]

@@ -145,13 +145,13 @@ def test_kept_code_gets_what_triton_gives_it():
         JITFunction.run = lambda self, *args, **kwargs: bound.append(self) or run(self, *args, **kwargs)
         triton.runtime.driver.set_active(Driver("cuda", 90))
         backends.BACKEND = "triton"
-        memory = torch.randn(301 * 1000)
-        target = torch.zeros(300, dtype=torch.int64)
+        memory = torch.randn(2001 * 1000)
+        target = torch.zeros(2000, dtype=torch.int64)
 
         def step(start):
             launches.clear()
             bound.clear()
-            x = memory[start : start + 300 * 1000].view(300, 1000).requires_grad_()
+            x = memory[start : start + 2000 * 1000].view(2000, 1000).requires_grad_()
             xent_ext.cross_entropy(x, target, label_smoothing=0.1).backward()
             return list(launches), len(bound)
 

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import xent_ext
 from bench import machine
-from xent_ext import backends, cpu, dispatch, reference
+from xent_ext import backends, cpu, dispatch, memory, reference
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -319,7 +319,7 @@ def test_dtype_is_as_if_the_logits_had_been_cast(many_blocks, dtype, reduction):
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("sample_weight", [None, torch.rand(7)])
 def test_all_rows_ignored(monkeypatch, small, sample_weight):
-    monkeypatch.setattr(dispatch, "is_small", lambda input: small)
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: small)
     input, target = torch.randn(7, 5, requires_grad=True), torch.full((7,), -100)
     for on_all_ignored, expected in (("nan", torch.nan), ("zero", 0.0)):
         loss = xent_ext.cross_entropy(
@@ -521,7 +521,7 @@ def test_memory_in_place_is_a_few_blocks(cpu_blocks, monkeypatch, dtype, options
     """Besides the logits, which become their gradient."""
     block = 1 << 16
     monkeypatch.setattr(cpu, "BLOCK_BYTES", block)
-    monkeypatch.setattr(cpu, "_kept", threading.local())
+    monkeypatch.setattr(memory, "_buffers", threading.local())
     leaf = torch.randn(8, 256, 512, dtype=dtype).requires_grad_()
     target = torch.randint(512, (8, 256))
     made = []

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from parity import DTYPES, REDUCTIONS, SHAPES, check, class_axis, make, outcome, relaid
 
 import xent_ext
-from xent_ext import backends, cpu, dispatch
-from xent_ext.problem import Tensors
+from xent_ext import backends, cpu
 
 SMOOTHINGS = (0.0, 0.1, 1.0)
 # Of class indices: ignore_index and the share of rows that have it; and probabilities.
@@ -421,33 +420,6 @@ def test_out_of_range(many_blocks, value, reduction, label_smoothing):
     assert torch.equal(input, before)
     assert input.grad is None
     check(input, target, weight, ignore_index=value, reduction=reduction, label_smoothing=label_smoothing)
-
-
-def test_sizes_decide(monkeypatch):
-    """Below a number of logits that depends on shape and dtype PyTorch's own takes the call."""
-    monkeypatch.setattr(backends, "BACKEND", "auto")
-    taken = {}
-    for shape, dtype in itertools.product([(4, 5), (40, 5), (40, 50), (40, 500), (4, 50, 5), (4, 50, 50)], DTYPES):
-        monkeypatch.setattr(dispatch, "SMALL", 100)
-        monkeypatch.setattr(dispatch, "SMALL_FLOAT_ROWS", 2_500)
-        monkeypatch.setattr(dispatch, "SMALL_HALF_ROWS", 25_000)
-        monkeypatch.setattr(dispatch, "SMALL_IMAGES", 5_000)
-        args = make(shape, dtype)
-        check(*args)
-        taken[shape, dtype.itemsize == 2] = dispatch.route(Tensors(*args), with_options=False)[0]
-    assert {key for key, name in taken.items() if name == "cpu"} == {
-        ((40, 5), False),  # as few classes as this are always faster
-        ((40, 5), True),
-        ((40, 500), False),
-        ((4, 50, 50), False),  # in half precision PyTorch's own is faster for images of any size
-    }
-    assert set(taken.values()) == {"cpu", "torch"}
-
-
-def test_one_long_row_in_half_precision():
-    """(C), which has no class stride to look at beside a batch."""
-    input, target = torch.zeros(dispatch.SMALL_IMAGES + 1, dtype=torch.bfloat16), torch.tensor(3)
-    torch.testing.assert_close(xent_ext.cross_entropy(input, target), F.cross_entropy(input, target))
 
 
 def test_backend_torch(many_blocks, monkeypatch):

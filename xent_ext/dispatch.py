@@ -2,8 +2,8 @@
 
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
-    CPU                           `xent_ext.cpu`; PyTorch's own for few logits, for half precision images and in
-                                  compiled graphs, where it is faster
+    CPU                           `xent_ext.cpu`; PyTorch's own where that is faster, see `xent_ext.cpu_own`, and in
+                                  compiled graphs
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
@@ -21,21 +21,13 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled,
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum
 
-from . import autograd, backends, checks, ops, reference
+from . import autograd, backends, checks, cpu_own, ops, reference
 from .backends import HAS_TRITON, implementation
 from .call import is_autocast, prepare, problem_of, statistics, tensors_of
 
 # Kept here, so that what stands under this name later does not matter.
 torch_cross_entropy = F.cross_entropy
 _REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
-
-# On a CPU PyTorch's own, a few operators over everything, beats many over blocks while all stays in cache. Measured
-# on two cores of an AMD EPYC, forward and backward; by number of logits:
-SMALL = 1 << 16  # below this always; else below ...
-SMALL_FLOAT_ROWS = 1 << 20  # ... for (N, C) in float32 and float64
-SMALL_HALF_ROWS = 3 << 20  # ... for (N, C) in float16 and bfloat16, which blocks must widen first
-SMALL_IMAGES = 1 << 22  # ... for every other shape; in half precision with strided classes always
-SHORT_ROW = 15  # but never for (N, C) with so few classes: PyTorch's softmax fills a vector register from its row
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -47,7 +39,7 @@ def cross_entropy(owner, arguments, options=None):
     """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
     if torch.compiler.is_compiling():
         return compiled(owner, arguments, options)
-    if options is None and is_small(arguments.input):
+    if options is None and is_small(arguments.input, arguments.target, arguments.reduction):
         return small(arguments)
     key = key_of(arguments, options)
     found = _kept.get(key)
@@ -57,7 +49,7 @@ def cross_entropy(owner, arguments, options=None):
         found = look_at(key, arguments, options)
         arguments, options = plain(arguments), plain(options)
     if found is PYTORCH:
-        return torch_cross_entropy(*arguments)
+        return pytorch(arguments)
     if options is None:
         return found(owner, arguments)[0]  # its first fields are those of `Tensors`
     return with_options(owner, found, arguments, options)
@@ -66,7 +58,7 @@ def cross_entropy(owner, arguments, options=None):
 def compiled(owner, arguments, options):
     """`cross_entropy` in a graph that is being compiled."""
     if not backends.RECENT:
-        return torch_cross_entropy(*arguments) if options is None else outside_graphs(owner, arguments, options)
+        return pytorch(arguments) if options is None else outside_graphs(owner, arguments, options)
     if is_distributed(arguments.input) and backends.BACKEND != "torch":
         return of_shards(owner, arguments, options)
     return in_graph(arguments, options)
@@ -83,14 +75,21 @@ def of_shards(owner, arguments, options):
     return shards.whole(cross_entropy(owner, shards.arguments, shards.options))
 
 
+def pytorch(arguments):
+    """F.cross_entropy as it was when this was imported; on a CPU with sums of half precision in float32."""
+    if backends.BACKEND == "torch":
+        return torch_cross_entropy(*arguments)
+    return cpu_own.pytorch(torch_cross_entropy, *arguments)
+
+
 def in_graph(arguments, options):
     """`cross_entropy` as a graph of plain tensors has it."""
     if options is None and any(has_unknown_size(tensor) for tensor in arguments[:2]):
-        return torch_cross_entropy(*arguments)
+        return pytorch(arguments)
     problem, tensors = prepare(arguments, options)
-    name, _ = route(tensors, options is not None)
+    name, _ = route(tensors, problem.reduction, options is not None)
     if name == "torch":
-        return torch_cross_entropy(*arguments)
+        return pytorch(arguments)
     loss, stats = (reference.compute if name == "plain" else ops.loss)(problem, tensors)
     return with_statistics(problem, tensors, options, loss, stats)
 
@@ -101,10 +100,8 @@ def small(arguments):
     try:
         if size_average is reduce is None and reduction in _REDUCTIONS:
             # All that F.cross_entropy does, without another call: few logits take few microseconds.
-            return torch._C._nn.cross_entropy_loss(
-                input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-            )
-        return torch_cross_entropy(*arguments)
+            return cpu_own.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+        return pytorch(arguments)
     except WRONG:
         check_values(*prepare(arguments, None))  # raises the same, said more clearly
         raise
@@ -155,7 +152,7 @@ def look_at(key, arguments, options):
     """Check a call, and find who takes it."""
     problem, tensors = prepare(arguments, options)
     tensors = plain(tensors)
-    name, _ = route(tensors, options is not None)
+    name, _ = route(tensors, problem.reduction, options is not None)
     if backends.CHECK and name != "torch":
         check_values(problem, tensors)
     if name in ("torch", "plain"):
@@ -241,24 +238,13 @@ def plain_tensor(tensor):
 # --- Who takes it
 
 
-def is_small(input):
+def is_small(input, target, reduction):
     """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
-    if backends.BACKEND == "triton" or not isinstance(input, torch.Tensor) or not input.is_cpu:
+    if backends.BACKEND != "auto" or not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
     if torch.compiler.is_compiling():
         return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
-    return is_quicker_whole(input) and not is_distributed(input)
-
-
-def is_quicker_whole(input):
-    """Whether logits on a CPU are better taken as a whole than in blocks."""
-    size = input.numel()
-    if size < SMALL:
-        return True
-    half = input.element_size() == 2
-    if input.dim() == 2:
-        return input.shape[1] > SHORT_ROW and size < (SMALL_HALF_ROWS if half else SMALL_FLOAT_ROWS)
-    return size < SMALL_IMAGES or (half and input.dim() > 2 and input.stride(1) != 1)
+    return cpu_own.takes(input, target, reduction) and not is_distributed(input)
 
 
 def has_unknown_size(tensor):
@@ -272,13 +258,13 @@ def is_distributed(tensor):
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def route(tensors, with_options):
+def route(tensors, reduction, with_options):
     """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
-    name, reason = supported_route(tensors, with_options)
+    name, reason = supported_route(tensors, reduction, with_options)
     return ("plain" if with_options and name == "torch" else name), reason
 
 
-def supported_route(tensors, with_options):
+def supported_route(tensors, reduction, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     input = tensors.input
     if backends.BACKEND == "torch":
@@ -291,16 +277,10 @@ def supported_route(tensors, with_options):
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if (torch.compiler.is_compiling() or not with_options) and is_small(input):
-        return "torch", f"{kind_of_small(input)} on a CPU, where PyTorch's own is faster"
+    if (torch.compiler.is_compiling() or not with_options) and is_small(input, tensors.target, reduction):
+        what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
+        return "torch", f"PyTorch's own is as fast for {what} on a CPU"
     return "cpu", "the logits are on a CPU"
-
-
-def kind_of_small(input):
-    """Which of the things that `is_small` looks for it has found."""
-    if torch.compiler.is_compiling():
-        return "a compiled graph"
-    return "few logits" if input.numel() < SMALL_IMAGES else "half precision images"
 
 
 def unsupported(tensors):

@@ -120,14 +120,14 @@ def arrange_call(problem, tensors):
     return arrange(visible(problem, tensors.input), tensors.target if problem.probabilities else None, strides)
 
 
-def gradient_memory(problem, input, x):
+def gradient_memory(problem, input, x, empty_like=torch.empty_like):
     """Memory for the gradient with respect to the whole input; 0 where no row is visible.
 
     x is the input as `arrange_call` returns it: visible, perhaps copied (never with `shift`, whose batch has but two
     dimensions). With `inplace` the gradient takes its place.
     """
     like = input if problem.shift else x
-    memory = like.detach() if problem.inplace else torch.empty_like(like)
+    memory = like.detach() if problem.inplace else empty_like(like)
     if problem.shift:
         memory[:, -1].zero_()
     return memory

@@ -1,0 +1,206 @@
+"""PyTorch's own loss on a CPU: which calls it takes, and half precision whose sums are right, whoever computes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import DTYPES, check, make, outcome, truth
+
+import xent_ext
+from xent_ext import backends, cpu_own, dispatch
+from xent_ext.problem import Tensors
+
+HALF = (torch.float16, torch.bfloat16)
+half_dtypes = pytest.mark.parametrize("dtype", HALF, ids=str)
+both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+
+
+@pytest.fixture(autouse=True)
+def auto(monkeypatch):
+    monkeypatch.setattr(backends, "BACKEND", "auto")
+    monkeypatch.setattr(backends, "CHECK", False)
+
+
+# --- Who takes a call
+
+
+def taken_by(shape, dtype=torch.float32, column="gradient"):
+    """The implementation of a call over logits of this shape."""
+    input = torch.empty(shape, dtype=dtype, requires_grad="forward" not in column)
+    target = torch.empty(shape) if "dense" in column else torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+    reduction = "none" if column == "deferred" else "mean"
+    return dispatch.route(Tensors(input, target), reduction, with_options=False)[0]
+
+
+# A number of classes for each kind of logits, and whether they are strided.
+KINDS = {
+    "few": (10, False),
+    "short": (19, False),
+    "long": (1000, False),
+    "strided few": (2, True),
+    "strided": (19, True),
+    "strided long": (100, True),
+}
+each_kind = pytest.mark.parametrize(("classes", "strided"), KINDS.values(), ids=KINDS)
+each_column = pytest.mark.parametrize("column", cpu_own.Least._fields)
+
+
+@each_kind
+@each_column
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_take_what_is_large(classes, strided, column, dtype):
+    positions = -(-cpu_own.least_for_blocks(classes, strided, dtype, 1, column) // classes)
+    for count, name in ((positions, "cpu"), (positions - 1, "torch")):
+        assert taken_by((1, classes, count) if strided else (count, classes), dtype, column) == name
+
+
+@each_kind
+@each_column
+def test_more_threads_need_more_logits(classes, strided, column):
+    """But no more than what PyTorch has mapped anew."""
+    sizes = [cpu_own.least_for_blocks(classes, strided, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] <= cpu_own.MAPPED // 4
+
+
+def test_each_kind_has_a_name():
+    assert {name: cpu_own.kind(*numbers) for name, numbers in KINDS.items()} == {name: name for name in cpu_own.LEAST}
+
+
+def test_a_gradient_that_is_not_wanted_does_not_count():
+    rows = cpu_own.LEAST["long"][0].gradient // 1000 + 1
+    assert taken_by((rows, 1000)) == "cpu"
+    with torch.no_grad():
+        assert taken_by((rows, 1000)) == "torch"
+
+
+def test_sizes_decide(monkeypatch):
+    """Calls on both sides of the least size are right."""
+    cpu_own.least_for_blocks.cache_clear()
+    monkeypatch.setattr(cpu_own, "ALWAYS", 30)
+    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400, 500),) * 2))
+    for shape, dtype, probabilities in itertools.product(
+        [(4, 5), (40, 5), (1, 400), (3, 50), (2, 50, 3), (400,)], DTYPES, [False, True]
+    ):
+        args = make(shape, dtype, probabilities=probabilities)
+        check(*args)
+        with torch.no_grad():
+            check(*args, wanted=())
+    cpu_own.least_for_blocks.cache_clear()
+
+
+@pytest.mark.parametrize("input", ["text", None, 3], ids=str)
+def test_what_is_no_tensor_is_not_decided_here(input):
+    assert not dispatch.is_small(input, None, "mean")
+
+
+# --- Half precision
+
+
+def loss_and_gradient(input, target, weight=None, function=xent_ext.cross_entropy, **options):
+    tensors = {"input": input, "target": target, "weight": weight}
+    upstream = torch.ones(()).to(input.dtype)
+    found, _ = outcome(function, tensors, options=options, upstream=upstream)
+    true = truth(**tensors, upstream=upstream, **options)
+    return found["loss"], found["input"], true
+
+
+@pytest.fixture(params=["pytorch's own", "blocks"])
+def way(request, monkeypatch):
+    """Both ways that a call may take, whatever its size."""
+    monkeypatch.setattr(cpu_own, "takes", lambda *_: request.param != "blocks")
+
+
+# (C) and (N, C) of few and of many classes, one row, images: each is computed in another way.
+SHAPES = ((200,), (1, 200), (500, 10), (500, 200), (2, 10, 16, 16), (2, 200, 16, 16))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@half_dtypes
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_half_precision_is_added_up_in_float32(way, shape, dtype, weighted, ignored, label_smoothing):
+    """Of a sum of row losses each is rounded once at most, and the sum once more."""
+    args = make(shape, dtype, weighted=weighted, ignored=ignored)
+    for reduction in ("mean", "sum"):
+        loss, gradient, true = loss_and_gradient(*args, reduction=reduction, label_smoothing=label_smoothing)
+        assert loss.dtype == gradient.dtype == dtype
+        if (args[1] == -100).all():
+            assert loss.isnan() if reduction == "mean" else loss == 0
+            assert not gradient.any()
+            continue
+        allowed = torch.finfo(dtype).eps * true["loss"].magnitude
+        assert abs(loss.item() - true["loss"].value) <= allowed
+
+
+@half_dtypes
+@both_targets
+def test_half_precision_with_more_rows_than_it_counts(way, dtype, probabilities):
+    """PyTorch's count of 65505 rows in float16 is infinite: the mean NaN or 0, the gradient 0."""
+    args = make((70_000, 2), dtype, probabilities=probabilities)
+    loss, gradient, true = loss_and_gradient(*args)
+    assert abs(loss.item() - true["loss"].value) <= torch.finfo(dtype).eps * true["loss"].magnitude
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    largest = abs(true["input"].value).max()
+    assert abs(gradient.abs().max().item() - largest) <= torch.finfo(dtype).eps * largest + smallest
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_smoothing_of_many_classes_does_not_overflow(way, reduction):
+    """PyTorch adds up the log-probabilities of all classes in float16."""
+    input, target, _ = make((3, 30_000), torch.float16)
+    loss = xent_ext.cross_entropy(input, target, reduction=reduction, label_smoothing=0.1)
+    exact = F.cross_entropy(input.double(), target, reduction=reduction, label_smoothing=0.1)
+    assert ((loss - exact).abs() <= torch.finfo(torch.float16).eps * exact).all()
+
+
+@half_dtypes
+def test_autocast_stays_float32(way, dtype):
+    input, target, _ = make((500, 200), dtype)
+    with torch.autocast("cpu", dtype):
+        loss = xent_ext.cross_entropy(input, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(input.float(), target))
+
+
+@half_dtypes
+@pytest.mark.parametrize("shape", [(7, 5), (7, 100)], ids=str)
+def test_errors_of_half_precision_are_pytorchs(dtype, shape):
+    """To compute in float32 makes nothing right that is wrong."""
+    input, target, weight = make(shape, dtype, weighted=True)
+    wrong = {
+        "dtype of the weight": {"weight": weight.float()},
+        "shape of the weight": {"weight": weight[1:]},
+        "shape of the target": {"target": target[1:]},
+        "dtype of the target": {"target": target.int()},
+        "class": {"target": target + shape[1]},
+    }
+    for changes in wrong.values():
+        arguments = {"input": input, "target": target, **changes}
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            F.cross_entropy(**arguments)
+        with pytest.raises(theirs.type):
+            xent_ext.cross_entropy(**arguments)
+
+
+@half_dtypes
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_compiled_half_precision_is_added_up_in_float32(dtype, weighted):
+    """A graph holds PyTorch's own formula, in float32 too."""
+    input, target, weight = make((70_000, 2), dtype, weighted=weighted)
+    compiled = torch.compile(xent_ext.cross_entropy, fullgraph=True, backend="eager")
+    loss, gradient, true = loss_and_gradient(input, target, weight, function=compiled)
+    assert loss.dtype == gradient.dtype == dtype
+    assert abs(loss.item() - true["loss"].value) <= torch.finfo(dtype).eps * true["loss"].magnitude
+    assert gradient.any()
+
+
+@half_dtypes
+def test_transforms_of_half_precision_are_added_up_in_float32(dtype):
+    """What neither blocks nor kernels take goes to PyTorch's own, by whatever way."""
+    input, target, _ = make((70_000, 2), dtype)
+    loss = torch.func.vmap(xent_ext.cross_entropy)(input.unsqueeze(0), target.unsqueeze(0))
+    exact = F.cross_entropy(input.double(), target)
+    assert (loss - exact).abs() <= torch.finfo(dtype).eps * exact

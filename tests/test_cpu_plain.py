@@ -1,0 +1,49 @@
+"""Blocks of rows on a CPU, by PyTorch's softmax: every order of memory that they are computed in."""
+
+import itertools
+
+import pytest
+import torch
+from parity import check, make, relaid
+
+from xent_ext import cpu, cpu_plain
+
+ROWS = {"row by row": (0, 2, 1), "classes strided": (0, 1, 2), "positions outermost": (2, 0, 1)}
+
+
+@pytest.mark.parametrize("classes", [2, cpu_plain.FEW_CLASSES - 1, cpu_plain.FEW_CLASSES, 17, 70])
+@pytest.mark.parametrize("order", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [3, 20, 100], ids=["parts", "some at a time", "one block"])
+def test_orders_of_memory(cpu_blocks, monkeypatch, classes, order, dtype, rows):
+    """A block is a part of an image of 13 positions, one or more images, or all five."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 2 * rows * classes * 8)
+    for probabilities, label_smoothing in itertools.product([False, True], [0.0, 0.1]):
+        input, target, weight = make(
+            (5, classes, 13), dtype, probabilities=probabilities, weighted=True, ignored=0.3, spread=2.0
+        )
+        input = relaid(input, order=order)
+        check(input, target, weight, label_smoothing=label_smoothing)
+        check(input, target, label_smoothing=label_smoothing, reduction="none")
+        with torch.no_grad():
+            check(input, target, weight, wanted=(), label_smoothing=label_smoothing)
+
+
+def test_blocks_that_are_ignored_are_not_read(cpu_blocks, monkeypatch):
+    """Nor does what they hold reach the rows of others, with smoothing or without."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 20 * 8)
+    for dtype, label_smoothing in itertools.product([torch.float32, torch.float16], [0.0, 0.1]):
+        input, target, weight = make((16, 20), dtype, weighted=True)
+        target[3:12] = -100
+        input[3:12] = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(3).unsqueeze(1)
+        check(input, target, weight, label_smoothing=label_smoothing)
+
+
+def test_the_forward_pass_alone_is_as_right_as_with_a_gradient(cpu_blocks):
+    """One makes log p, the other p: of classes that are all but sure, or all but impossible, too."""
+    for spread in (0.01, 1.0, 100.0, 10_000.0):
+        for shape in ((50, 7), (50, 100), (2, 7, 25)):
+            args = make(shape, spread=spread)
+            check(*args, reduction="none")
+            with torch.no_grad():
+                check(*args, wanted=(), reduction="none")
