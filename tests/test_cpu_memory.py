@@ -191,7 +191,7 @@ def resident():
 
 @pytest.mark.parametrize("reason", ["no advice", "advice is refused"])
 def test_systems_without_huge_pages(monkeypatch, reason):
-    monkeypatch.setattr(memory, "advise", None if reason == "no advice" else lambda *_: -1)
+    monkeypatch.setattr(memory, "advise", lambda: None if reason == "no advice" else lambda *_: -1)
     assert torch.equal(large(), torch.arange(SIZE // 4.0))
 
 

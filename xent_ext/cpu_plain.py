@@ -105,6 +105,9 @@ class Order:
         self.rows, self.acc = rows, rows.acc
         _, inner_stride, class_stride = rows.layout.strides[0]
         strided = rows.layout.inner > 1 and class_stride != 1 and inner_stride < class_stride
+        # Down a column PyTorch's backward adds up one after the other, which rounds more than it does along a row:
+        # there it goes where PyTorch itself would take rows.
+        strided = strided and not (rows.dense and rows.input.dim() <= 2)
         self.axis = 1 if strided or rows.layout.classes < FEW_CLASSES else 2
         if rows.index is not None:
             self.first = self.first_places(*rows.block_shape())

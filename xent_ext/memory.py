@@ -1,6 +1,7 @@
 """Memory on a CPU: for the gradient, whose pages cost more than to fill them; and for what a block needs."""
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -32,7 +33,7 @@ def empty_like(tensor):
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
     made = torch.empty_like(tensor)
     storage = made.untyped_storage()
-    if size >= MAPPED and advise is not None:
+    if size >= MAPPED and advise() is not None:
         to_huge_pages(storage)
     if size <= MOST_KEPT:
         _kept.keep(storage)
@@ -43,10 +44,11 @@ def to_huge_pages(storage):
     """Ask for them where whole ones fit. This is advice, and an error no reason to fail."""
     first = -(-storage.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     last = (storage.data_ptr() + storage.nbytes()) // HUGE_PAGE * HUGE_PAGE
-    advise(first, last - first, mmap.MADV_HUGEPAGE)
+    advise()(first, last - first, mmap.MADV_HUGEPAGE)
 
 
-def find_advise():
+@functools.cache  # not at import, which loads no library
+def advise():
     """The C library's madvise, or None where there is none, or no huge pages to ask for."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
@@ -54,9 +56,6 @@ def find_advise():
     if function is not None:
         function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return function
-
-
-advise = find_advise()
 
 
 class Kept:
