@@ -143,8 +143,7 @@ SHARING_REGISTERS = 64
 SECTOR = 32
 # Two tiles for a row where the second is at most a quarter of the first: a thread then holds few logits more.
 FULL = 0.625
-# Or half of the first, where the row is narrow: instructions bound it, and of 16 classes for 11 five are padding. Not
-# with a dense target mass, which is held beside every logit: some would spill.
+# Or half of the first, where the row is narrow: instructions bound it, and of 16 classes for 11 five are padding.
 NARROW_FULL = 0.75
 # Rows of fewer vectors are not worth a second tile for their ends, which is two vectors wide.
 SHORTEST_BODY = 8
@@ -188,7 +187,7 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
     edge = edge_vector(layout, itemsize) if aligned else 0
     most = most_logits_per_thread(layout, itemsize, accumulated, dense, edge)
     if schedule in (None, "resident"):
-        block, rest = pieces(layout.classes, edge, dense)
+        block, rest = pieces(layout.classes, edge, fullest(layout, itemsize, dense, neighbours))
         if neighbours:
             found = resident_neighbours(layout, itemsize, most, device, block, rest)
         else:
@@ -212,11 +211,12 @@ def resident(layout, most, device, block, rest, edge, largest_cluster):
     if width <= tuning.packed_tile:
         held = min(most, tuning.logits_per_thread)
         tile = min(tuning.narrow_tile if width < NARROW else tuning.packed_tile, MOST_THREADS * held)
-        all_rows = next_power_of_2(layout.inner)
-        is_whole = layout.outer == 1 and all_rows * block <= min(WHOLE_TILE, MOST_THREADS * held)
-        rows = all_rows if is_whole else min(tile // width, all_rows)
         # A second tile of half the first counts in full: 32 + 16 logits a thread take up to 255 registers.
-        warps = max(rows * (width if 2 * rest == block else block) // held // device.lanes, 1)
+        held_classes = width if 2 * rest == block else block
+        all_rows = next_power_of_2(layout.inner)
+        is_whole = layout.outer == 1 and all_rows * held_classes <= min(WHOLE_TILE, MOST_THREADS * held)
+        rows = all_rows if is_whole else min(tile // width, all_rows)
+        warps = max(rows * held_classes // held // device.lanes, 1)
         return Plan("resident", rows, block, warps, layout.outer * -(-layout.inner // rows), rest=rest, edge=edge)
     fewest = min(tuning.long_row_tile // most, SHARING_THREADS)
     for cluster, threads in product((PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER), tuning.long_row_threads):
@@ -282,13 +282,22 @@ def streams(logits, itemsize, device):
     return max(min(fitting, device.processors), device.processors // itemsize)
 
 
-def pieces(classes, edge, dense=False):
+def fullest(layout, itemsize, dense, neighbours):
+    """The share of a tile of one piece up to which two pieces are better.
+
+    A thread holds up to 48 logits in two. A dense target mass beside each of them spills, and so do rows that are
+    neighbours in no vectors; of those in float32 the memory takes longer than the instructions in any case.
+    """
+    can = not neighbours or (itemsize == 2 and vectors(layout, itemsize)[1] > 1)
+    return NARROW_FULL if layout.classes <= NARROW and can and not dense else FULL
+
+
+def pieces(classes, edge, full=FULL):
     """(classes of the body, a power of two; classes of the rest) of a row that is held whole."""
     if edge:
         return next_power_of_2(classes // edge * edge), 2 * edge
     whole = next_power_of_2(classes)
     rest = next_power_of_2(classes - whole // 2)
-    full = NARROW_FULL if whole <= NARROW and not dense else FULL
     return (whole // 2, rest) if classes > 1 and whole // 2 + rest <= full * whole else (whole, 0)
 
 
