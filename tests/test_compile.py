@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import xent_ext
 from xent_ext import backends, ops
-from xent_ext.autograd import upstream_of
 from xent_ext.call import Arguments, prepare
+from xent_ext.gradients import upstream_of
 
 pytestmark = pytest.mark.skipif(not backends.RECENT, reason="this PyTorch's compiler can't trace the package")
 

@@ -17,7 +17,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks
+from . import backends, checks
+from .gradients import (
+    check_version,
+    differentiable_gradients,
+    flat,
+    must_be_plain,
+    sample_weight_gradient,
+    upstream_of,
+    wanted,
+)
 from .layout import batch_shape, gradient_stride, visible
 from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, scalar
 from .reference import accumulation_dtype
@@ -85,7 +94,7 @@ def backward(*arguments):
     count = len(Upstream._fields)
     upstream, (problem, tensors), needed = Upstream(*arguments[:count]), call(arguments[count:-1]), arguments[-1]
     needed = Tensors(*needed)
-    made = made_for(upstream, problem, tensors, autograd.wanted(needed))
+    made = made_for(upstream, problem, tensors, wanted(needed))
     slope = None if made.slope is None else made.slope.sum()
     found = Tensors(made.gradient, None, sample_weight=made.losses, logit_scale=slope)
     return [in_order_of(*both) for *both, need in zip(tensors, found, needed, strict=True) if need]
@@ -127,7 +136,7 @@ def _(*arguments):
 )
 def rescaled(overwritten, version, factor):
     """The gradient that took the place of the logits in a call outside graphs, times a factor, in memory of its own."""
-    autograd.check_version(overwritten, version)
+    check_version(overwritten, version)
     return overwritten * factor
 
 
@@ -142,14 +151,14 @@ def save(ctx, inputs, output):
     ctx.options = inputs[count:]
     ctx.set_materialize_grads(False)
     problem, _ = call(inputs)
-    ctx.mark_non_differentiable(*autograd.flat(problem, output[1]))
+    ctx.mark_non_differentiable(*flat(problem, output[1]))
 
 
 def differentiate(ctx, loss, stats):
     inputs = *ctx.saved_tensors, *ctx.options
     problem, tensors = call(inputs)
     needed = Tensors(*ctx.needs_input_grad[: len(tensors)])
-    found = gradients(inputs, needed, autograd.upstream_of(problem, loss, stats))
+    found = gradients(inputs, needed, upstream_of(problem, loss, stats))
     return *found, *([] if value == [] else None for value in ctx.options)  # an empty list may be one of tensors
 
 
@@ -159,12 +168,12 @@ def gradients(inputs, needed, upstream):
     needed = needed._replace(sample_weight=needed.sample_weight and upstream.loss is not None)
     if not any(needed) or not any(up is not None for up in upstream):
         return Tensors(None, None)
-    if autograd.must_be_plain(upstream):
-        return Tensors(*autograd.differentiable_gradients(problem, tensors, needed, upstream))
+    if must_be_plain(upstream):
+        return Tensors(*differentiable_gradients(problem, tensors, needed, upstream))
     found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
     found = Tensors(*(next(found) if need else None for need in needed))
     if needed.sample_weight:
-        weight = autograd.sample_weight_gradient(problem, tensors, found.sample_weight, upstream.loss)
+        weight = sample_weight_gradient(problem, tensors, found.sample_weight, upstream.loss)
         found = found._replace(sample_weight=weight)
     return found
 

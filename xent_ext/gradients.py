@@ -1,0 +1,108 @@
+"""What gradients are made of, outside graphs and in them: for autograd's Function, and for the operators."""
+
+import torch
+
+from . import reference
+from .problem import Tensors, Upstream, Wanted
+
+
+def wanted(needed):
+    """What the forward pass is to make for the gradients that are needed, `Tensors` of bools."""
+    return Wanted(gradient=needed.input or needed.logit_scale, slope=needed.logit_scale, losses=needed.sample_weight)
+
+
+def flat(problem, stats):
+    """Those of the statistics that have no gradient."""
+    return [value for name, value in zip(problem.stats, stats, strict=True) if name not in Upstream._fields]
+
+
+def upstream_of(problem, loss, stats):
+    """The gradients that come of the loss and of each of the statistics, as `Upstream`."""
+    if not stats:
+        return Upstream(loss)
+    return Upstream(
+        loss, **{name: up for name, up in zip(problem.stats, stats, strict=True) if name in Upstream._fields}
+    )
+
+
+def resolved(tensors):
+    """`Upstream` or `Tensors` whose memory holds their values, which is what kernels read.
+
+    That of a negative view holds the opposite; zeros that autograd made for itself have none.
+    """
+    for tensor in tensors:
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return tensors._make([None if each is None else each.clone() for each in tensors])
+    return tensors
+
+
+def is_batched(upstream):
+    """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
+    if torch.compiler.is_dynamo_compiling():  # compiled autograd refuses both
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    for up in upstream:  # noqa: SIM110 (any() would take as long as much of a small backward)
+        if up is not None and legacy(up):
+            return True
+    return False
+
+
+def must_be_plain(upstream):
+    """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be."""
+    return torch.is_grad_enabled() or is_batched(upstream)
+
+
+def sample_weight_gradient(problem, tensors, losses, upstream):
+    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
+    f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
+    weights, counted = reference.row_weights(problem, tensors, losses)
+    if problem.reduction == "mean":
+        normalizer = tensors.normalizer
+        if normalizer is None:
+            weights = torch.ones_like(losses) if weights is None else weights
+            f = f if counted is None else torch.where(counted, f, 0.0)
+            normalizer = (f * weights).sum()
+            losses = losses - weights * ((f * losses).sum() / normalizer)
+        if problem.on_all_ignored == "zero":
+            upstream = torch.where(normalizer == 0, 0.0, upstream)
+            normalizer = torch.where(normalizer == 0, 1.0, normalizer)
+        upstream = upstream / normalizer
+    found = upstream * losses
+    return found if counted is None else torch.where(counted, found, 0.0)
+
+
+def differentiable_gradients(problem, tensors, needed, upstream):
+    """The gradients that are needed, None for the others, by the plain formula.
+
+    That is for `create_graph=True` and for upstream gradients under vmap.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [
+            tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        loss, stats = reference.compute(problem, Tensors(*inputs))
+        outputs = {"loss": loss, **dict(zip(problem.stats, stats, strict=True))}
+        wanted = [name for name, up in upstream._asdict().items() if up is not None]
+        found = iter(
+            torch.autograd.grad(
+                [outputs[name] for name in wanted],
+                [tensor for tensor, need in zip(inputs, needed, strict=True) if need],
+                [getattr(upstream, name) for name in wanted],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if need else None for need in needed]
+
+
+def check_version(overwritten, version):
+    """Raise RuntimeError where the gradient was overwritten that took the place of the logits."""
+    if overwritten._version != version:
+        raise RuntimeError(
+            "the logits have been modified by an inplace operation since cross_entropy(..., inplace=True) put their "
+            "gradient in their place"
+        )
