@@ -66,6 +66,29 @@ class Driver:
         return PROPERTIES[self.gpu.arch]
 
 
+def driver_that_launches_nothing(backend, arch):
+    """A driver with Triton's own launcher for the GPU, which ends where the driver in C would be called."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    class Launching(Driver):
+        launcher_cls = CudaLauncher
+
+        def load_binary(self, *arguments):
+            registers, spills, threads = 32, 0, 1024
+            return "module", "function", registers, spills, threads
+
+        def unload_module(self, module):
+            pass
+
+        def build_signature_metadata(self, signature):
+            return b""
+
+        def launch(self, *arguments):
+            pass
+
+    return Launching(backend, arch)
+
+
 @contextlib.contextmanager
 def target(backend, arch):
     """Compile for this GPU; yields the list of launches, which grows."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import xent_ext
 from bench import case as case_module
-from bench import compare, machine, memory, overhead, peers, run, traffic, traffic_report, workers
+from bench import compare, launched, machine, memory, overhead, peers, run, traffic, traffic_report, workers
 from bench.__main__ import COMMANDS, main
 from bench.case import check
 from bench.peer import Case, Moved, Peer
@@ -115,11 +115,11 @@ def test_overhead_times_calls_and_stubbed_launches(tmp_path):
     ]  # fmt: skip
     for row in result["rows"]:
         assert {name: peer["status"] for name, peer in row["peers"].items()} == {
-            "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked"
+            "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked", overhead.LAUNCHER: "unchecked"
         }  # fmt: skip
         assert all(peer["median_ms"] > 0 for peer in row["peers"].values())
         assert row["peers"][overhead.STUBBED]["over_eager"] > 0
-    assert overhead.text(result).count("x torch_eager") == len(result["rows"])
+    assert overhead.text(result).count("x torch_eager") == 2 * len(result["rows"])
 
 
 def test_stubbed_launches_take_the_triton_path(monkeypatch):
@@ -128,7 +128,7 @@ def test_stubbed_launches_take_the_triton_path(monkeypatch):
     forward = implementation.Setup.forward
     monkeypatch.setattr(implementation.Setup, "forward", lambda *args: calls.append(args) or forward(*args))
     logits, target = torch.randn(4, 10, requires_grad=True), torch.zeros(4, dtype=torch.int64)
-    with overhead.launches_stubbed():
+    with launched.by_nobody():
         loss = xent_ext.cross_entropy(logits, target)
         loss.backward()
     assert len(calls) == 1

@@ -174,7 +174,7 @@ def candidate(triton_backend, monkeypatch):
     return module
 
 
-CASE = Case("tune", "", (600, 10), "float32", "full", "cpu")
+CASE = Case("tune", "", (2000, 10), "float32", "full", "cpu")
 
 
 @interpreted
@@ -184,7 +184,7 @@ def test_candidates_plan_the_calls_that_are_measured(candidate, triton_backend):
     assert candidate.plan(shipped, CASE)["numbers"]["ROWS"] == 256
     assert candidate.plan(larger, CASE)["numbers"]["ROWS"] == 512
     with candidate.used(larger):
-        logits, target = torch.randn(600, 10), torch.zeros(600, dtype=torch.int64)
+        logits, target = torch.randn(2000, 10), torch.zeros(2000, dtype=torch.int64)
         assert xent_ext.explain(logits, target).traffic.numbers["ROWS"] == 512
     assert xent_ext.explain(logits, target).traffic.numbers["ROWS"] == 256
     assert candidate.Measure(0.0, lambda case: 2)(larger, CASE) > 0
@@ -250,7 +250,7 @@ def larger_is_faster(candidate, monkeypatch):
 @pytest.mark.usefixtures("larger_is_faster")
 def test_tune_writes_a_file_that_changes_the_plan(tmp_path, capsys):
     path = tmp_path / "tuning.json"
-    options = ["--shapes", "600x10", "3x5", "--dtype", "float32", "--seconds", "0", "--out", str(path)]
+    options = ["--shapes", "2000x10", "3x5", "--dtype", "float32", "--seconds", "0", "--out", str(path)]
     assert main(["tune", *options]) == 0
     printed = capsys.readouterr().out
     assert "narrow_tile = 8192, 1 cases: saves 50.0%, noise 0.0%: kept" in printed
@@ -265,7 +265,7 @@ def test_tune_writes_a_file_that_changes_the_plan(tmp_path, capsys):
     }
     assert changed == {"narrow_tile"}
     wide, small = result["cases"]
-    assert (wide["shape"], wide["dtype"], small["shape"]) == ([600, 10], "float32", [3, 5])
+    assert (wide["shape"], wide["dtype"], small["shape"]) == ([2000, 10], "float32", [3, 5])
     assert (wide["before"]["numbers"]["ROWS"], wide["after"]["numbers"]["ROWS"]) == (256, 512)
     assert wide["before"]["median_ms"] == 2 * wide["after"]["median_ms"]
     assert [trial["value"] for trial in result["trials"] if trial["kept"]] == [8192]
@@ -273,7 +273,7 @@ def test_tune_writes_a_file_that_changes_the_plan(tmp_path, capsys):
     explain = """if True:
         import torch
         import xent_ext
-        print(xent_ext.explain(torch.randn(600, 10), torch.zeros(600, dtype=torch.int64)))
+        print(xent_ext.explain(torch.randn(2000, 10), torch.zeros(2000, dtype=torch.int64)))
     """
     on_cpu = {"TRITON_INTERPRET": "1", "XENT_EXT_BACKEND": "triton"}
     assert "ROWS 256" in python("-c", explain, **on_cpu).stdout
@@ -289,8 +289,8 @@ def test_tune_writes_a_file_that_changes_the_plan(tmp_path, capsys):
 def test_tune_leaves_out_what_does_not_fit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
     path = tmp_path / "tuning.json"
-    assert main(["tune", "--shapes", "600x10", "--seconds", "0", "--out", str(path)]) == 1
-    assert "Left out: 600 x 10 bfloat16: needs about" in capsys.readouterr().out
+    assert main(["tune", "--shapes", "2000x10", "--seconds", "0", "--out", str(path)]) == 1
+    assert "Left out: 2000 x 10 bfloat16: needs about" in capsys.readouterr().out
     assert not path.exists()
 
 

@@ -163,7 +163,8 @@ def test_sizes_and_numbers_do_not_compile_anew():
     """
     calls, compiled = map(int, python("-c", code).split())
     assert calls == 100  # forward, and the gradient again where it was not expected
-    assert compiled <= 2 * 2 * 4  # both; 16 divides the rows or not; vectors of 4 or 8, 16 divides, or ends apart
+    # Both; rows counted here, before by one program or by many; vectors of 4 or 8, 16 divides, or ends apart.
+    assert compiled <= 2 * 3 * 4
 
 
 def test_accesses_are_traced_to_their_arguments():

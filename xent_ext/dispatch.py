@@ -315,10 +315,11 @@ def unsupported_here():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch.compiler.is_compiling() and _len_torch_dispatch_stack():  # no mode sees into an operator
+    if torch.compiler.is_compiling():  # no dispatch mode sees into an operator
+        exports = torch.compiler.is_exporting()
+        return "torch.export makes a program that may run where this package is not" if exports else None
+    if _len_torch_dispatch_stack():
         return "a dispatch mode is active"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if torch.compiler.is_exporting():
-        return "torch.export makes a program that may run where this package is not"
     return None
