@@ -176,7 +176,7 @@ class Launches:
 
     def counted_by_all(self):
         """Up to how many rows every program counts that needs their number; 0 where they are counted before."""
-        return next_power_of_2(self.layout.rows) if self.whole else counted_by_all(self.layout.rows)
+        return next_power_of_2(self.layout.rows) if self.whole else counted_by_all(self.layout)
 
     def sum_of(self, programs, losses, span, **mean):
         """Sums of so many losses each, by so many programs."""

@@ -360,7 +360,7 @@ PARTS = 128
 # nothing, and to add up parts takes registers there: 128 in place of 96 at 32000 classes.
 SHORT_ROWS_PER_PROGRAM = 4096
 # Up to this many rows are counted by every program that needs their number: one launch less. The second is 8 KB of
-# class indices for each program, from L2.
+# class indices for each program, from L2. Beside long rows a launch is little, and 1024 numbers take registers there.
 FEW_ROWS = (256, 1024)
 # Numbers that a program of either adds up at one go, 8 for a thread: more threads only where there are more numbers, as
 # masked ones cost as much.
@@ -368,9 +368,10 @@ AT_ONCE = (1024, 4096, 8192)
 NUMBERS_PER_THREAD = 8
 
 
-def counted_by_all(rows):
+def counted_by_all(layout):
     """Up to how many rows every program counts, where there are so few; else 0."""
-    return next((few for few in FEW_ROWS if rows <= few), 0)
+    counts = FEW_ROWS if layout.classes <= LONG_ROW else FEW_ROWS[:1]
+    return next((few for few in counts if layout.rows <= few), 0)
 
 
 def counting(layout):
