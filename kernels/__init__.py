@@ -9,6 +9,7 @@ resident, streaming  walk the logits
 gradient             makes a deferred gradient, and what is left to do for rows that were split
 normalizer           what a mean divides by, and the sum of what the others left for each program
 device               the GPU, as plans see it
-launch               kernels with their numbers, launched again and again
-setup                from the tensors of a call to launches
+launch, launches     kernels with their numbers, launched again and again; those of calls that are alike, by their plan
+setup                from the tensors of a call to launches, for all calls that are alike
+implementation       a setup for each kind of call: what the rest of the package sees
 """
