@@ -129,8 +129,21 @@ bytes of code. Accesses by the bits that one instruction moves for a thread: "4x
 of 16. The logit at a row's target is read once more by itself. A kernel that several variants share is shown once."""
 
 
+def without_tools() -> list[str]:
+    """Targets that the installed Triton links with what is not here: old ones have no linker for AMD GPUs."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    try:
+        getattr(HIPBackend, "path_to_rocm_lld", bool)()
+    except Exception:  # there is no type of its own for it
+        return ["gfx942"]
+    return []
+
+
 def add_arguments(parser):
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, help="(default: all that the installed Triton has the tools for)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the data here too")
 
 
@@ -138,9 +151,12 @@ def run(args) -> int:
     if not backends.HAS_TRITON:
         print("Triton is not installed: there are no kernels to compile.", file=sys.stderr)
         return 1
-    rows = compile_all(args.target)
-    for target in args.target:
+    targets = args.target or [target for target in TARGETS if target not in without_tools()]
+    rows = compile_all(targets)
+    for target in targets:
         print(f"\n{target}\n{table([row for row in rows if row['target'] == target])}")
+    for target in [] if args.target else without_tools():
+        print(f"\n{target}: not compiled, as the installed Triton lacks the linker")
     print(LEGEND)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

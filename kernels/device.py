@@ -41,7 +41,9 @@ def device_properties(index):
 def active_driver():
     """Triton's, which is made when it is first asked for, where there is anything to run on."""
     try:
-        return triton.runtime.driver.active
+        driver = triton.runtime.driver.active
+        driver.get_current_target()  # older Tritons look for one only when it is asked something
+        return driver
     except RuntimeError as error:
         if torch.cuda.is_available():
             raise

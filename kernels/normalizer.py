@@ -57,7 +57,7 @@ def normalizer_parts(
     """Number, or weight, of the rows that count: neither ignored nor out of range."""
     begin = tl.program_id(0) * span
     end = tl.minimum(begin + span, batch)
-    total = widened(tl.zeros((K.BLOCK,), tl.float32), K)
+    total = widened(tl.zeros_like(tl.arange(0, K.BLOCK)), K)
     for start in range(begin, end, K.BLOCK):
         number = start + tl.arange(0, K.BLOCK)
         total += rows_weight(target, number, number < end, ignore_index, K)
@@ -79,7 +79,7 @@ def sum_parts(
     """Sum of `count` losses over the normaliser; with several programs, one part from each."""
     begin = tl.program_id(0) * span
     end = tl.minimum(begin + span, count)
-    total = widened(tl.zeros((K.BLOCK,), tl.float32), K)
+    total = widened(tl.zeros_like(tl.arange(0, K.BLOCK)), K)
     for start in range(begin, end, K.BLOCK):
         k = start + tl.arange(0, K.BLOCK)
         total += widened(tl.load(losses + k, mask=k < end, other=0.0), K)

@@ -1,5 +1,6 @@
 """`python -m bench memory`, `traffic`, `overhead`, `plot` and `compare`; the command line; the adapters of peers."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from bench import compare, launched, machine, memory, overhead, peers, run, traf
 from bench.__main__ import COMMANDS, main
 from bench.case import check
 from bench.peer import Case, Moved, Peer
+from xent_ext import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -113,9 +115,11 @@ def test_overhead_times_calls_and_stubbed_launches(tmp_path):
     assert [(row["pass"], row["upstream"]) for row in result["rows"]] == [
         ("nograd", 1.0), ("fwd", 1.0), ("full", 1.0), ("full", 0.5)
     ]  # fmt: skip
+    # The launcher of older Tritons is compiled against CUDA.
+    launcher = "unchecked" if backends.release(importlib.metadata.version("triton")) >= (3, 9) else "absent"
     for row in result["rows"]:
         assert {name: peer["status"] for name, peer in row["peers"].items()} == {
-            "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked", overhead.LAUNCHER: "unchecked"
+            "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked", overhead.LAUNCHER: launcher
         }  # fmt: skip
         assert all(peer["median_ms"] > 0 for peer in row["peers"].values())
         assert row["peers"][overhead.STUBBED]["over_eager"] > 0

@@ -232,8 +232,13 @@ WORK = {
 }
 
 
+right_sharding = pytest.mark.skipif(
+    TORCH < (2, 12), reason="on a CPU older fully_shard adds gradients up in place of averaging, PyTorch's loss's too"
+)
+
+
 @distributed
-@pytest.mark.parametrize("name", ["DDP", "FSDP"])
+@pytest.mark.parametrize("name", ["DDP", pytest.param("FSDP", marks=right_sharding)])
 def test_data_parallel(found, name):
     """A step of several processes, each with its part of the batch, is that of one with the whole batch."""
     expected = step(new_model(), torch.nn.CrossEntropyLoss(label_smoothing=0.1), *new_batch())

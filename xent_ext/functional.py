@@ -151,7 +151,7 @@ cross_entropy.__prepare_scriptable__ = lambda: dispatch.torch_cross_entropy  # t
 
 def is_overridden(arguments, options):
     """Whether `__torch_function__` of one of the tensors, or a mode, is to be asked."""
-    tensors = arguments[:3]
+    tensors = arguments.input, arguments.target, arguments.weight  # no slice, which PyTorch 2.8 can't trace
     if options is not None:
         return has_torch_function((*tensors, options.sample_weight, options.normalizer, options.logit_scale))
     return has_torch_function(tensors) and not torch.compiler.is_compiling()
@@ -159,5 +159,8 @@ def is_overridden(arguments, options):
 
 def overridden(arguments, options):
     """What that gives."""
-    tensors, options = arguments[:3], {} if options is None else options._asdict()
+    tensors, options = (
+        (arguments.input, arguments.target, arguments.weight),
+        {} if options is None else options._asdict(),
+    )
     return handle_torch_function(cross_entropy, (*tensors, *options.values()), *arguments, **options)
