@@ -121,9 +121,9 @@ def test_overhead_times_calls_and_stubbed_launches(tmp_path):
         assert {name: peer["status"] for name, peer in row["peers"].items()} == {
             "xent_ext": "right", "torch_eager": "right", overhead.STUBBED: "unchecked", overhead.LAUNCHER: launcher
         }  # fmt: skip
-        assert all(peer["median_ms"] > 0 for peer in row["peers"].values())
+        assert all(peer["median_ms"] > 0 for peer in row["peers"].values() if peer["status"] != "absent")
         assert row["peers"][overhead.STUBBED]["over_eager"] > 0
-    assert overhead.text(result).count("x torch_eager") == 2 * len(result["rows"])
+    assert overhead.text(result).count("x torch_eager") == (1 + (launcher == "unchecked")) * len(result["rows"])
 
 
 def test_stubbed_launches_take_the_triton_path(monkeypatch):
