@@ -152,11 +152,11 @@ class Setup:
         else:
             launches.walk(given, results, NO_GRADIENT, summary)
             ends(given, results, gradient, summary)
-        loss, row_losses, *stats = results
+        loss = results[0]
         if not (self.per_row or launches.whole):
             loss = self.total(loss, given, normalizer)
-        stats = self.statistics(tensors[1], *stats) if self.problem.stats else ()
-        return loss, stats, Kept(memory, slope, row_losses, normalizer, summary)
+        stats = self.statistics(tensors[1], *results[2:]) if self.problem.stats else ()
+        return loss, stats, Kept(memory, slope, results[1], normalizer, summary)
 
     def backward(self, tensors, kept, upstream, expected):
         """The gradient for `upstream`, the slopes that belong to it, and what to expect the next time.

@@ -25,6 +25,7 @@ the upstream gradient over the one that was expected, and hands it out once.
 import dataclasses
 
 import torch
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from . import ops
 from .ahead import ahead_on
@@ -40,14 +41,6 @@ from .gradients import (
     wanted,
 )
 from .problem import Kept, Tensors, Wanted
-
-
-def saved_tensors_hooks():
-    """Hooks that all tensors go through that are saved now, or None.
-
-    They copy what is saved elsewhere, or throw it away: nothing of the logits' size is made for them.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 class Loss:
@@ -77,7 +70,7 @@ class Loss:
             return self.setup.forward(tensors, None)[:2]
         expectation = self.expectation if owner is None else expectation_of(owner)
         found = record(self, expectation, *tensors)
-        loss, *stats = found if self.problem.stats else (found,)
+        loss, stats = (found[0], found[1:]) if self.problem.stats else (found, ())
         if self.problem.inplace:
             Overwritten.apply(tensors[0])
             loss.grad_fn.version = tensors[0]._version
@@ -97,7 +90,12 @@ class CrossEntropy(torch.autograd.Function):
         expected = None
         if problem.inplace:
             expected = divisor(expectation.get(tensors[0], problem))
-        elif call.may_be_ahead and (call.ahead is None or call.ahead.has_room()) and saved_tensors_hooks() is None:
+        elif (
+            call.may_be_ahead
+            and (call.ahead is None or call.ahead.has_room())
+            # Hooks copy what is saved elsewhere, or throw it away: nothing of the logits' size is made for them.
+            and _top_saved_tensors_default_hooks(False) is None
+        ):
             expected = expectation.get(tensors[0], problem)
         loss, stats, kept = setup.forward(tensors, expected)
         overwritten = None
@@ -132,7 +130,8 @@ class CrossEntropy(torch.autograd.Function):
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
-        upstream = resolved(upstream)
+        if stats or loss.is_neg() or loss._is_zerotensor():
+            upstream = resolved(upstream)
         gradient, *others = saved[call.given :]
         if call.ahead is not None:
             call.ahead.went_back(gradient)
