@@ -1,9 +1,9 @@
-"""Which gradients are made ahead: only few at a time on a device, so that many losses never hold more than PyTorch's.
+"""Which gradients are made ahead: only few at a time on a device, so that many losses hold about what PyTorch's hold.
 
-A loss whose gradient is made ahead holds two copies of the logits until its backward, where PyTorch's own holds two
-too, the logits and their log-softmax, but at its peak two more. So with two gradients made ahead n losses of one graph
-peak at n + 2 copies, as PyTorch's do. While two wait, further losses leave theirs to backward, which reads the logits
-once more.
+A loss whose gradient is made ahead holds two copies of the logits until its backward, the logits and the gradient,
+where PyTorch's own needs one, its log-softmax. PyTorch's has two more at its peak, in backward: n + 2 copies for n
+losses of one graph. With two gradients made ahead two losses peak there, too, and more of them at n + 3. While two
+wait, further losses leave theirs to backward, which reads the logits once more.
 """
 
 import functools
