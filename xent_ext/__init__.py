@@ -1,7 +1,7 @@
 """Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss."""
 
 from .explain import Explanation, explain
-from .functional import cross_entropy
+from .functional import cross_entropy, linear_cross_entropy
 from .integrate import install, installed, uninstall
 from .modules import CrossEntropyLoss
 from .problem import CrossEntropyStats
@@ -16,5 +16,6 @@ __all__ = [
     "explain",
     "install",
     "installed",
+    "linear_cross_entropy",
     "uninstall",
 ]

@@ -457,6 +457,74 @@ def _is_behind_hook(node):
     return getattr(node, "_forward_cls", None) is BackwardHookFunction
 
 
+# --- The last linear layer
+
+
+def check_layer(arguments, dtype):
+    """Raise for a layer whose logits could not be computed, with `dtype` for its products.
+
+    `arguments` are input (*, D), linear_weight (C, D) or, for one loss in each of several positions, (C, d1, ..., D),
+    linear_bias (C) or (C, d1, ...), and the numbers of the computation.
+    """
+    input, weight, bias = arguments.input, arguments.linear_weight, arguments.linear_bias
+    for name in ("input", "linear_weight", "target", "linear_bias"):
+        value = getattr(arguments, name)
+        if not isinstance(value, Tensor) and not (name == "linear_bias" and value is None):
+            raise TypeError(f"{name} must be a Tensor, got {_described(value)}")
+    if input.dim() < 1:
+        raise RuntimeError("input must have shape (*, D), with any number of leading dimensions, got ()")
+    if weight.dim() < 2:
+        raise RuntimeError(f"linear_weight must have shape (C, D) or (C, d1, ..., D), got {tuple(weight.shape)}")
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"input and linear_weight must have equal last dimensions, got {tuple(input.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(
+            f"input must have shape (N, D) with linear_weight {tuple(weight.shape)}, got {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(f"linear_bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+    for name in ("linear_weight", "linear_bias"):
+        value = getattr(arguments, name)
+        if value is not None and value.device != input.device:
+            raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {value.device}")
+        if value is not None and dtype == input.dtype != value.dtype:
+            raise RuntimeError(f"{name} must have the dtype of input, {input.dtype}, got {value.dtype}")
+    _check_numbers_of_chunks(arguments, dtype)
+
+
+def _check_numbers_of_chunks(arguments, dtype):
+    for name in ("chunk_rows", "max_counted_rows"):
+        value = getattr(arguments, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            raise TypeError(f"{name} must be an int or None, got {_described(value)}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    total = arguments.accumulate_dtype
+    if total is not None and total not in _LOGITS:
+        raise ValueError(f"accumulate_dtype must be a floating point dtype or None, got {total!r}")
+    if total is not None and torch.promote_types(total, dtype) != total:
+        raise ValueError(f"accumulate_dtype must hold every value of {dtype}, got {total}")
+
+
+def check_targets_of_rows(input, classes, target, sample_weight):
+    """Raise unless there is a target, and a factor if there are any, for each row of a layer's input, (*, D)."""
+    batch = tuple(input.shape[:-1])
+    shape = tuple(target.shape)
+    if shape not in (batch, (*batch, classes)) and not (batch == () and shape == (1,)):
+        kind = ValueError if len(batch) == 1 and shape[:1] != batch else RuntimeError
+        raise kind(
+            f"Expected target size {batch} for class indices, or {(*batch, classes)} for class probabilities, with an "
+            f"input of shape {tuple(input.shape)}, got {shape}"
+        )
+    if isinstance(sample_weight, Tensor) and tuple(sample_weight.shape) != batch:
+        raise RuntimeError(
+            f"sample_weight must have one factor for each row, shape {batch}, got {tuple(sample_weight.shape)}"
+        )
+
+
 def bad_class(problem, tensors):
     """`bad_target` for a call with class indices."""
     if not problem.probabilities:

@@ -266,7 +266,20 @@ def route(tensors, reduction, with_options):
 
 def supported_route(tensors, reduction, with_options):
     """`route`, with "torch" for all that no implementation takes."""
-    input = tensors.input
+    name, reason = implementation_of(tensors)
+    if name == "cpu" and (torch.compiler.is_compiling() or not with_options):
+        if is_small(tensors.input, tensors.target, reduction):
+            what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
+            return "torch", f"PyTorch's own is as fast for {what} on a CPU"
+    return name, reason
+
+
+def implementation_of(tensors):
+    """(name of the implementation for these tensors, or "torch" where there is none; why), whatever their size.
+
+    The first three are input, target and weight.
+    """
+    input = tensors[0]
     if backends.BACKEND == "torch":
         return "torch", "XENT_EXT_BACKEND=torch"
     if reason := unsupported(tensors):
@@ -277,9 +290,6 @@ def supported_route(tensors, reduction, with_options):
         return "triton", "the logits are on a GPU" if input.is_cuda else "XENT_EXT_BACKEND=triton"
     if input.device.type != "cpu":
         return "torch", f"no implementation for device type {input.device.type!r}"
-    if (torch.compiler.is_compiling() or not with_options) and is_small(input, tensors.target, reduction):
-        what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
-        return "torch", f"PyTorch's own is as fast for {what} on a CPU"
     return "cpu", "the logits are on a CPU"
 
 

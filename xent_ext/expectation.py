@@ -48,6 +48,11 @@ class Expectation:
         self.note(first, input, problem)
         return first
 
+    def has_seen(self, input, problem):
+        """Whether there is more to go by than the first guess."""
+        here = queue_of(input, problem)
+        return here is not None and here == self.queue
+
     def note(self, seen, input, problem):
         """Expect `seen` from now on."""
         here = queue_of(input, problem)

@@ -1,14 +1,15 @@
 """The public functions: arguments, defaults, docstrings."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import dispatch
+from . import dispatch, linear_call
 from .call import Arguments, Options
+from .linear_call import LinearArguments
 from .problem import CrossEntropyStats
 
 
@@ -164,3 +165,128 @@ def overridden(arguments, options):
         {} if options is None else options._asdict(),
     )
     return handle_torch_function(cross_entropy, (*tensors, *options.values()), *arguments, **options)
+
+
+# fmt: off
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
+    options: Any = ..., dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ...,
+    softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
+    normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: Literal[False] = ...,
+    shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
+    max_counted_rows: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
+    options: Any = ..., dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ...,
+    softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
+    normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: Literal[True] | Sequence[str],
+    shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
+    max_counted_rows: int | None = ...,
+) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
+    options: Any = ..., dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ...,
+    softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
+    normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: bool | Sequence[str],
+    shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
+    max_counted_rows: int | None = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
+# fmt: on
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    dtype: torch.dtype | None = None,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    on_all_ignored: str = "nan",
+    return_stats: bool | Sequence[str] = False,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype | None = None,
+    max_counted_rows: int | None = None,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""`cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`, without the logits of all rows.
+
+    The logits are made, and their gradient is multiplied, for some rows at a time in one buffer. Loss and gradients are
+    those of the two functions, but that the loss of half precision is float32, as it is computed, and that a row which
+    is ignored takes no part, whatever its input holds.
+
+    Args:
+        input: (D) or (*, D), with any number of leading dimensions; float16, bfloat16, float32 or float64.
+        linear_weight: (C, D), of the input's dtype; under autocast either has any of those. (C, d1, ..., D) with an
+            input of (N, D), for d1 x ... losses of each row: then all logits are made.
+        target: class indices (*), or class probabilities (*, C).
+        linear_bias: (C), or (C, d1, ...).
+        weight, reduction, ignore_index, label_smoothing: as in `cross_entropy`; an `ignore_index` of None is -100.
+        options: a `torch.nn.LinearCrossEntropyOptions`, whose `batch_chunk_size` and `acc_dtype` stand for `chunk_rows`
+            and `accumulate_dtype`; its other fields choose among algorithms of PyTorch's.
+        dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, return_stats: as in
+            `cross_entropy`; `sample_weight` is (*), and the loss has `dtype`, or else float32, or float64 of float64.
+        shift: input (B, T, D) and target (B, T) or (B, T, C), not shifted: position t predicts target t + 1.
+        chunk_rows: of how many rows there are logits at a time. By default as many as take half of the memory of the
+            weight's gradient, and at least 256 on a CPU and 1024 on a GPU (see `xent_ext.plan.chunk_rows`).
+        accumulate_dtype: the dtype in which the weight's gradient is added up over the chunks: by default its own with
+            up to four chunks, or else float32 for half precision. In half precision each chunk rounds the sum once
+            more; float32 takes a copy of the weight in it, and on a CPU the time of one product in float32.
+        max_counted_rows: a bound for the number of rows that are not ignored. On a GPU, which does not tell their
+            number without being waited for, only that many are computed; should more count, the loss is NaN. On a CPU
+            it is checked (ValueError), as it is on a GPU with XENT_EXT_CHECK=1.
+
+    Returns:
+        The loss, of shape (*) for "none"; with `return_stats` a pair of that and a `CrossEntropyStats`.
+
+    Raises:
+        RuntimeError for shapes, dtypes and devices that do not go together, and what `cross_entropy` raises.
+
+    "mean" and "sum" make the gradients in the forward pass, by three matrix products in all; backward multiplies them
+    by the upstream gradient. "none", gradients of statistics, and a forward pass under hooks on saved tensors (as in a
+    checkpoint) take a fourth product, which makes the logits again in backward. `create_graph=True`, `torch.func`, and
+    a `target` or `weight` that require a gradient make all logits, as the two functions do.
+
+    Memory beyond the arguments: the gradients, and chunk_rows * C logits. Without a gradient: the logits alone.
+    """
+    given = Options(
+        dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, False, return_stats, shift
+    )
+    arguments = LinearArguments(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,
+        chunk_rows, accumulate_dtype, max_counted_rows,
+    )  # fmt: skip
+    if is_layer_overridden(arguments, given):
+        return layer_overridden(arguments, given)
+    return linear_call.linear_cross_entropy(None, arguments, given)
+
+
+def is_layer_overridden(arguments, options):
+    """`is_overridden` for `linear_cross_entropy`."""
+    tensors = arguments.input, arguments.linear_weight, arguments.target, arguments.linear_bias, arguments.weight
+    given = options.sample_weight, options.normalizer, options.logit_scale
+    return has_torch_function((*tensors, *given)) and not torch.compiler.is_compiling()
+
+
+def layer_overridden(arguments, options):
+    """What that gives."""
+    input, linear_weight, target, *_ = arguments
+    given = arguments._asdict() | options._asdict()
+    for name in ("input", "linear_weight", "target", "inplace"):
+        given.pop(name)
+    tensors = [value for value in (*arguments, *options) if isinstance(value, Tensor)]
+    return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)

@@ -1,9 +1,12 @@
 """What gradients are made of, outside graphs and in them: for autograd's Function, and for the operators."""
 
+import dataclasses
+
 import torch
 
-from . import reference
+from . import backends, reference
 from .problem import Tensors, Upstream, Wanted
+from .reference import accumulation_dtype
 
 
 def wanted(needed):
@@ -54,6 +57,26 @@ def must_be_plain(upstream):
     return torch.is_grad_enabled() or is_batched(upstream)
 
 
+def made_for(upstream, problem, tensors, wanted):
+    """What the forward pass makes, with gradient and slope for these upstream gradients."""
+    setup_for = backends.implementation_for(tensors.input).setup_for
+    if upstream.has_stats() and wanted.gradient:
+        setup = setup_for(problem, tensors, wanted)
+        _, _, kept = setup.forward(tensors, None)
+        gradient, slope, _ = setup.backward(tensors, kept, upstream, None)
+        return kept._replace(gradient=gradient, slope=slope)
+    # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
+    problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
+    if problem.reduction == "none":
+        # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
+        factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
+        problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
+        expected = expected.new_ones(())
+    expected = torch.stack((expected, torch.zeros_like(expected)))
+    _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
+    return kept
+
+
 def sample_weight_gradient(problem, tensors, losses, upstream):
     """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
     f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
@@ -74,7 +97,12 @@ def sample_weight_gradient(problem, tensors, losses, upstream):
 
 
 def differentiable_gradients(problem, tensors, needed, upstream):
-    """The gradients that are needed, None for the others, by the plain formula.
+    """The gradients of a loss that are needed, None for the others, by the plain formula."""
+    return by_formula(problem, lambda *given: reference.compute(problem, Tensors(*given)), tensors, needed, upstream)
+
+
+def by_formula(problem, compute, tensors, needed, upstream):
+    """The gradients of those tensors that need one, None for the others, where `compute` makes loss and statistics.
 
     That is for `create_graph=True` and for upstream gradients under vmap.
     """
@@ -84,7 +112,7 @@ def differentiable_gradients(problem, tensors, needed, upstream):
             tensor.detach().requires_grad_() if need and not tensor.requires_grad else tensor
             for tensor, need in zip(tensors, needed, strict=True)
         ]
-        loss, stats = reference.compute(problem, Tensors(*inputs))
+        loss, stats = compute(*inputs)
         outputs = {"loss": loss, **dict(zip(problem.stats, stats, strict=True))}
         wanted = [name for name, up in upstream._asdict().items() if up is not None]
         found = iter(

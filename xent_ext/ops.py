@@ -22,6 +22,7 @@ from .gradients import (
     check_version,
     differentiable_gradients,
     flat,
+    made_for,
     must_be_plain,
     sample_weight_gradient,
     upstream_of,
@@ -33,12 +34,12 @@ from .reference import accumulation_dtype
 
 _TYPES: dict = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
 _TYPES |= {Tensor: "Tensor", Tensor | None: "Tensor?"}
-_OPTIONS = {
+OPTIONS = {
     field.name: field.type for field in dataclasses.fields(Problem) if field.name not in (*Tensors._fields, "inplace")
 }
-_CALL, _UPSTREAM = (
+CALL, UPSTREAM = (
     ", ".join(f"{_TYPES[type_]} {name}" for name, type_ in fields.items())
-    for fields in (Tensors.__annotations__ | _OPTIONS, Upstream.__annotations__)
+    for fields in (Tensors.__annotations__ | OPTIONS, Upstream.__annotations__)
 )
 
 
@@ -54,17 +55,17 @@ def arguments(problem, tensors):
         value = getattr(problem, name)
         if value != getattr(Problem, name):
             tensors = tensors._replace(**{name: scalar(value, dtype, device)})
-    return *tensors, *(getattr(problem, name) for name in _OPTIONS)
+    return *tensors, *(getattr(problem, name) for name in OPTIONS)
 
 
 def call(arguments):
     """What `arguments` was made from."""
     count = len(Tensors._fields)
-    options = dict(zip(_OPTIONS, arguments[count:], strict=True))
+    options = dict(zip(OPTIONS, arguments[count:], strict=True))
     return Problem(**{**options, "stats": tuple(options["stats"])}), Tensors(*arguments[:count])
 
 
-@torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor[])")
+@torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor[])")
 def forward(*arguments):
     problem, tensors = call(arguments)
     if backends.CHECK:
@@ -88,7 +89,7 @@ def _(*arguments):
 
 
 @torch.library.custom_op(
-    "xent_ext::backward", mutates_args=(), schema=f"({_UPSTREAM}, {_CALL}, bool[] needed) -> Tensor[]"
+    "xent_ext::backward", mutates_args=(), schema=f"({UPSTREAM}, {CALL}, bool[] needed) -> Tensor[]"
 )
 def backward(*arguments):
     count = len(Upstream._fields)
@@ -98,26 +99,6 @@ def backward(*arguments):
     slope = None if made.slope is None else made.slope.sum()
     found = Tensors(made.gradient, None, sample_weight=made.losses, logit_scale=slope)
     return [in_order_of(*both) for *both, need in zip(tensors, found, needed, strict=True) if need]
-
-
-def made_for(upstream, problem, tensors, wanted):
-    """What the forward pass makes, with gradient and slope for these upstream gradients."""
-    setup_for = backends.implementation_for(tensors.input).setup_for
-    if upstream.has_stats() and wanted.gradient:
-        setup = setup_for(problem, tensors, wanted)
-        _, _, kept = setup.forward(tensors, None)
-        gradient, slope, _ = setup.backward(tensors, kept, upstream, None)
-        return kept._replace(gradient=gradient, slope=slope)
-    # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
-    problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
-    if problem.reduction == "none":
-        # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
-        factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
-        problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
-        expected = expected.new_ones(())
-    expected = torch.stack((expected, torch.zeros_like(expected)))
-    _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
-    return kept
 
 
 def in_order_of(tensor, gradient):

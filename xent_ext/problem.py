@@ -38,6 +38,13 @@ class Tensors(NamedTuple):
     z_loss: Tensor | None = None
 
 
+class Layer(NamedTuple):
+    """The last linear layer, whose outputs are the logits. `Tensors.input` is then its input, (rows, features)."""
+
+    weight: Tensor  # (classes, features)
+    bias: Tensor | None = None  # (classes)
+
+
 # Options that are numbers of `Problem` or 0-dim tensors of `Tensors`.
 NUMBERS = ("logit_scale", "softcap", "z_loss")
 

@@ -179,6 +179,13 @@ def row_weights(problem, tensors, like):
     return torch.where(counted, weights, 0.0), counted
 
 
+def mean_normalizer(problem, tensors, ones):
+    """What `mean` divides the sum of a call's losses by where none is given; `ones` are in the shape of the losses."""
+    weights, counted = row_weights(problem, tensors, ones)
+    weights = ones if weights is None else weights
+    return reduced(weights, weights, counted, tensors.sample_weight, None, "sum", problem.on_all_ignored)
+
+
 def row_stats(names, z, logp, q, t, counted):
     """What is asked for of each row, of the distribution p = softmax(z) that the loss sees.
 

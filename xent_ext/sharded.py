@@ -91,9 +91,7 @@ def normalizer(arguments, options):
         dtype=reference.accumulation_dtype(problem.dtype),
         device=tensors.input.device,
     )
-    weights, counted = reference.row_weights(problem, tensors, ones)
-    losses = ones if weights is None else weights
-    return reference.reduced(losses, weights, counted, tensors.sample_weight, None, "sum", problem.on_all_ignored)
+    return reference.mean_normalizer(problem, tensors, ones)
 
 
 def check(problem, options, arguments):

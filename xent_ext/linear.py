@@ -1,0 +1,323 @@
+"""The last linear layer and the loss of its outputs, in chunks of rows: of the logits there is one chunk at a time.
+
+For each chunk, in one buffer, the BLAS makes the logits z = x W^T + bias; the implementation of the loss, kernels or
+blocks on a CPU, reads them and puts their gradient g in their place; and the BLAS makes g W, the gradient of these rows
+of x, and g^T x, which is added to that of W. These are three products, as a layer and a loss apart have. Gradients for
+other upstream gradients than a multiple of what was expected need the logits again, which is a fourth.
+
+A row that is ignored takes no part in any product.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, plan, reference
+from .gradients import made_for
+from .problem import Layer, Problem, Tensors, Wanted
+from .reference import accumulation_dtype
+
+# So many classes of a chunk's gradient are widened at a time, where its product is wanted in a wider dtype on a CPU.
+CLASSES_WIDENED = 2048
+
+
+class Gradients(NamedTuple):
+    """What of a call has a gradient, as bools; or the gradients, each None or in the shape of what it is of."""
+
+    input: bool | Tensor | None = None
+    sample_weight: bool | Tensor | None = None
+    logit_scale: bool | Tensor | None = None
+    weight: bool | Tensor | None = None
+    bias: bool | Tensor | None = None
+
+    def has_products(self):
+        return self.input or self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Call:
+    """What there is to a call besides its tensors."""
+
+    problem: Problem  # the loss of logits (rows, classes)
+    needed: Gradients
+    dtype: torch.dtype  # of the logits, and of what is multiplied
+    chunk_rows: int | None = None  # what the caller asks for
+    accumulate_dtype: torch.dtype | None = None
+    max_counted_rows: int | None = None
+
+    @property
+    def wanted(self):
+        """What of each chunk of logits is to be made."""
+        slope = bool(self.needed.logit_scale)
+        return Wanted(gradient=slope or bool(self.needed.has_products()), slope=slope, losses=self.needed.sample_weight)
+
+    def rows_of_chunks(self, rows, layer):
+        classes, features = layer.weight.shape
+        if self.chunk_rows is not None:
+            return max(min(self.chunk_rows, rows), 1)
+        return plan.chunk_rows(rows, features, classes, layer.weight.is_cpu, self.needed.weight)
+
+    def total_dtype(self, rows, layer):
+        """The dtype in which the weight's gradient is added up over the chunks."""
+        if self.accumulate_dtype is not None:
+            return self.accumulate_dtype
+        few = -(-rows // self.rows_of_chunks(rows, layer)) <= plan.MOST_ROUNDED
+        return self.dtype if few else accumulation_dtype(self.dtype)
+
+
+class Made(NamedTuple):
+    """What the forward pass makes: the gradients for the upstream gradient that was expected, and row losses."""
+
+    gradients: Gradients
+    losses: Tensor | None = None  # before `sample_weight` and the reduction
+
+
+# --- The two passes
+
+
+def forward(call, tensors, layer, expected):
+    """The loss, the statistics and `Made`.
+
+    Gradients are made now if an upstream gradient is `expected`, a pair as in `xent_ext.expectation`.
+    """
+    problem, walk = call.problem, Walk(call, tensors, layer)
+    wanted = call.wanted if expected is not None else Wanted(losses=call.wanted.losses)
+    results = Results(walk, wanted.losses)
+    sums = Sums(walk) if wanted.gradient else None
+    inplace = walk.problem_of_chunk(inplace=wanted.gradient)
+    for chunk in walk.chunks():
+        setup = walk.setup_for(inplace, chunk.tensors, wanted)
+        loss, stats, kept = setup.forward(chunk.tensors, expected)
+        results.add(chunk, loss, stats, kept.losses)
+        if sums is not None:
+            sums.add(chunk, kept)
+    found = sums.gradients() if sums is not None else Gradients()
+    return results.loss().to(problem.dtype), tuple(results.stats.values()), Made(found, results.losses)
+
+
+def backward(call, tensors, layer, upstream):
+    """`Gradients` for these upstream gradients, but that of `sample_weight`: the logits are made again."""
+    walk = Walk(call, tensors, layer)
+    sums = Sums(walk)
+    problem = walk.problem_of_chunk(inplace=not upstream.has_stats())
+    for chunk in walk.chunks():
+        here = upstream._make([chunk.of_rows(up) for up in upstream])
+        sums.add(chunk, made_for(here, problem, chunk.tensors, call.wanted._replace(losses=False)))
+    return sums.gradients()
+
+
+# --- What they walk over
+
+
+class Chunk(NamedTuple):
+    """Some rows of a call. `tensors` are theirs, with the logits as the input."""
+
+    rows: slice | Tensor  # which of the call's
+    input: Tensor  # of the layer
+    tensors: Tensors
+
+    def of_rows(self, values):
+        """What of values by row belongs to these; a number belongs to all."""
+        return values if values is None or not values.dim() else values[self.rows]
+
+    def put(self, values, found):
+        """Write what was found for these rows to the values of all."""
+        if isinstance(self.rows, slice):
+            values[self.rows].copy_(found)
+        else:
+            values.index_copy_(0, self.rows, found.to(values.dtype))
+
+
+class Walk:
+    """A call's rows, chunk by chunk, and what is the same for all of them."""
+
+    def __init__(self, call, tensors, layer):
+        self.call, self.problem = call, call.problem
+        self.given, self.device = layer, layer.weight.device
+        self.layer = Layer(*[each if each is None else each.to(call.dtype) for each in layer])
+        self.acc = accumulation_dtype(call.problem.dtype)
+        self.counted = None if call.problem.probabilities else tensors.target != call.problem.ignore_index
+        if call.problem.reduction == "mean" and tensors.normalizer is None:
+            normalizer = reference.mean_normalizer(call.problem, tensors, self.new(tensors.target.shape[0], fill=1))
+            tensors = tensors._replace(normalizer=normalizer)
+        self.tensors = tensors
+        if tensors.input.is_cpu or backends.CHECK:
+            self.check()
+        self.index = self.index_of_counted()
+
+    def new(self, *shape, dtype=None, fill=0):
+        return torch.full(shape, fill, dtype=dtype or self.acc, device=self.device)
+
+    def check(self):
+        """Raise for class indices out of range, and for more rows than there are to be."""
+        if self.counted is None:
+            return
+        checks.bad_target(self.tensors.target, self.layer.weight.shape[0], self.problem.ignore_index)
+        most, count = self.call.max_counted_rows, int(self.counted.sum())
+        if most is not None and count > most:
+            raise ValueError(f"max_counted_rows must be at least the number of rows that count, {count}, got {most}")
+
+    def index_of_counted(self):
+        """The rows that are computed, in order; None for all of them.
+
+        On a CPU those that count. On a GPU, where their number is not known here, so many as there can be.
+        """
+        if self.counted is None:
+            return None
+        if self.counted.is_cpu:
+            index = self.counted.nonzero().squeeze(1)
+            return None if index.numel() == self.counted.numel() else index
+        most = self.call.max_counted_rows
+        if most is None or most >= self.counted.numel():
+            return None
+        # uint8, as PyTorch sorts no bools on a GPU; stable, so that the rows keep their order.
+        return torch.sort((~self.counted).to(torch.uint8), stable=True).indices[:most]
+
+    @property
+    def rows(self):
+        """How many rows are computed."""
+        return self.tensors.input.shape[0] if self.index is None else self.index.numel()
+
+    def problem_of_chunk(self, inplace):
+        """The loss of a chunk's logits: a part of the sum, over the normaliser of all rows for a mean."""
+        return replace(self.problem, dtype=self.acc, inplace=inplace and self.problem.reduction != "none")
+
+    def setup_for(self, problem, tensors, wanted):
+        return backends.implementation_for(tensors.input).setup_for(problem, tensors, wanted)
+
+    def chunks(self):
+        step = self.call.rows_of_chunks(self.rows, self.layer)
+        buffer = torch.empty(step, self.layer.weight.shape[0], dtype=self.call.dtype, device=self.device)
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            rows = slice(first, last) if self.index is None else self.index[first:last]
+            x = self.input_of(rows)
+            logits = self.logits(x, buffer[: last - first])
+            yield Chunk(rows, x, self.tensors_of(rows, logits))
+
+    def input_of(self, rows):
+        """Those rows of the layer's input. Whatever an ignored one holds, it is 0 for the products."""
+        x = self.tensors.input[rows].to(self.call.dtype)
+        if self.counted is None or x.is_cpu:  # where all that are computed count
+            return x
+        return torch.where(self.counted[rows].unsqueeze(1), x, 0)
+
+    def logits(self, x, out):
+        if self.layer.bias is None:
+            return torch.mm(x, self.layer.weight.t(), out=out)
+        return torch.addmm(self.layer.bias, x, self.layer.weight.t(), out=out)
+
+    def tensors_of(self, rows, logits):
+        tensors = self.tensors
+        f = tensors.sample_weight
+        return tensors._replace(input=logits, target=tensors.target[rows], sample_weight=None if f is None else f[rows])
+
+
+class Results:
+    """The loss, and what there is by row."""
+
+    def __init__(self, walk, with_losses):
+        self.walk, problem = walk, walk.problem
+        self.total = walk.new() if walk.index is None else self.of_missing(walk.counted.sum() > walk.rows)
+        self.per_row = self.by_row(walk.acc) if problem.reduction == "none" else None
+        self.losses = self.by_row(walk.acc) if with_losses else None
+        dtypes = {"predicted": torch.int64, "correct": torch.bool}
+        self.stats = {name: self.by_row(dtypes.get(name, walk.acc)) for name in problem.stats}
+
+    @staticmethod
+    def of_missing(missing):
+        """0, and NaN where rows are missing: that count, but are beyond those that are computed."""
+        return torch.where(missing, torch.nan, 0.0)
+
+    def by_row(self, dtype):
+        """Values for each row, as an ignored one has them."""
+        walk = self.walk
+        if dtype.is_floating_point and walk.index is not None:
+            return self.of_missing(walk.counted).to(dtype)
+        return walk.new(walk.tensors.input.shape[0], dtype=dtype, fill=-1 if dtype == torch.int64 else 0)
+
+    def add(self, chunk, loss, stats, losses):
+        """What was found for a chunk."""
+        if self.per_row is None:
+            self.total = self.total + loss
+        else:
+            chunk.put(self.per_row, loss)
+        if losses is not None:
+            chunk.put(self.losses, losses)
+        for values, found in zip(self.stats.values(), stats, strict=True):
+            chunk.put(values, found)
+
+    def loss(self):
+        if self.per_row is not None:
+            return self.per_row
+        if self.walk.rows:
+            return self.total
+        problem, normalizer = self.walk.problem, self.walk.tensors.normalizer  # of which it hangs whether 0 / 0 it is
+        return reference.reduced(self.total, None, None, None, normalizer, problem.reduction, problem.on_all_ignored)
+
+
+class Sums:
+    """The gradients, as they grow chunk by chunk."""
+
+    def __init__(self, walk):
+        self.walk, needed, given = walk, walk.call.needed, walk.tensors.input
+        self.input = self.weight = self.bias = self.slope = None
+        if needed.input:
+            self.input = torch.empty_like(given) if walk.index is None else torch.zeros_like(given)
+        if needed.bias:
+            self.bias = walk.new(walk.layer.bias.shape[0], dtype=accumulation_dtype(walk.call.dtype))
+        if needed.logit_scale:
+            self.slope = walk.new()
+
+    def add(self, chunk, kept):
+        """Add the gradients of a chunk's rows."""
+        needed, g = self.walk.call.needed, kept.gradient
+        if needed.input:
+            self.add_input(chunk, g)
+        if needed.weight:
+            self.add_weight(g, chunk.input)
+        if needed.bias:
+            self.bias += g.sum(0, dtype=self.bias.dtype)
+        if needed.logit_scale:
+            self.slope += kept.slope.sum()
+
+    def add_input(self, chunk, g):
+        weight = self.walk.layer.weight
+        if isinstance(chunk.rows, slice) and self.input.dtype == g.dtype:
+            torch.mm(g, weight, out=self.input[chunk.rows])
+        else:
+            chunk.put(self.input, torch.mm(g, weight))
+
+    def add_weight(self, g, x):
+        """g^T x: the first chunk's is written, that of the others added."""
+        beta = 1
+        if self.weight is None:
+            total, beta = self.walk.call.total_dtype(self.walk.rows, self.walk.layer), 0
+            self.weight = torch.empty_like(self.walk.layer.weight, dtype=total)
+        if self.weight.dtype == g.dtype:
+            self.weight.addmm_(g.t(), x, beta=beta)
+        elif g.is_cuda:
+            torch.addmm(self.weight, g.t(), x, out_dtype=self.weight.dtype, beta=beta, out=self.weight)
+        else:
+            add_widened(self.weight, g, x, beta)
+
+    def gradients(self):
+        """`Gradients`, in the dtypes of the tensors."""
+        weight, bias = self.walk.given
+        if self.walk.call.needed.weight and self.weight is None:  # no row counts
+            self.weight = torch.zeros_like(weight)
+        return Gradients(
+            input=self.input,
+            logit_scale=self.slope,
+            weight=None if self.weight is None else self.weight.to(weight.dtype),
+            bias=None if self.bias is None else self.bias.to(bias.dtype),
+        )
+
+
+def add_widened(total, g, x, beta):
+    """total = beta total + g^T x, multiplied in the wider dtype of `total`, on a CPU: some classes at a time."""
+    x = x.to(total.dtype)
+    for part, of_classes in zip(total.split(CLASSES_WIDENED), g.split(CLASSES_WIDENED, 1), strict=True):
+        part.addmm_(of_classes.to(total.dtype).t(), x, beta=beta)

@@ -1,0 +1,271 @@
+"""What autograd is told of the last linear layer with its loss, and what compiled graphs hold of it.
+
+For "mean" and "sum" the forward pass makes the gradients for the upstream gradient that is expected. They are small,
+those of the layer's input and weight: whatever comes instead, backward multiplies them by the ratio. What is no
+multiple of them is made in backward, from the logits again: for "none", for gradients of statistics, and where hooks on
+saved tensors, as a checkpoint's, or other losses that wait for their backward say that nothing is to be made ahead.
+
+In a graph there are two operators, of which the first makes the gradients for an upstream gradient of 1:
+
+    linear_forward    the loss, the statistics, and what `linear.Made` holds of what is needed
+    linear_backward   the gradients, from the logits again
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
+
+from . import linear, ops, reference
+from .ahead import ahead_on
+from .autograd import divisor
+from .expectation import Expectation, expectation_of, first_expected
+from .gradients import by_formula, flat, must_be_plain, resolved, sample_weight_gradient, upstream_of
+from .linear import Call, Gradients, Made
+from .problem import Layer, Tensors, Upstream
+from .reference import accumulation_dtype
+
+# So many numbers of a gradient are widened at a time, where it is multiplied by a factor of a wider dtype.
+PART = 1 << 24
+TENSORS, GIVEN = len(Tensors._fields), len(Tensors._fields) + len(Layer._fields)
+
+
+def loss(owner, call, tensors, layer):
+    """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.xent_ext.linear_forward(*arguments(call, tensors, layer))[:2]
+    if not any(call.needed):
+        return linear.forward(call, tensors, layer, None)[:2]
+    expectation = expectation_for(call.problem, tensors.input.device) if owner is None else expectation_of(owner)
+    found = LinearCrossEntropy.apply(call, expectation, *tensors, *layer)
+    return (found[0], found[1:]) if call.problem.stats else (found, ())
+
+
+@functools.lru_cache(maxsize=256)
+def expectation_for(problem, device):
+    """That of all calls without a module, with the same options on the same device."""
+    return Expectation()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The layer and the loss, whose gradients may be made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, call, expectation, *given):
+        tensors, layer = Tensors(*given[:TENSORS]), Layer(*given[TENSORS:])
+        ahead, expected = ahead_on(layer.weight if call.needed.weight else tensors.input), None
+        if is_ahead(call, tensors, expectation) and (ahead is None or ahead.has_room()):
+            expected = divisor(expectation.get(tensors.input, call.problem))
+        loss, stats, made = linear.forward(call, tensors, layer, expected)
+        if ahead is not None and made.gradients.weight is not None:
+            ahead.made(made.gradients.weight)
+        ctx.save_for_backward(*given, made.losses, *made.gradients)
+        ctx.of_call = call, expectation, expected, ahead
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*flat(call.problem, stats))
+        return (loss, *stats) if stats else loss
+
+    @staticmethod
+    def backward(ctx, loss, *stats):
+        call, expectation, expected, ahead = ctx.of_call
+        upstream, saved = upstream_of(call.problem, loss, stats), ctx.saved_tensors
+        tensors, layer = Tensors(*saved[:TENSORS]), Layer(*saved[TENSORS:GIVEN])
+        made = Made(Gradients(*saved[GIVEN + 1 :]), saved[GIVEN])
+        if ahead is not None:
+            ahead.went_back(made.gradients.weight)
+        traced = torch.compiler.is_compiling()
+        found = gradients(call, tensors, layer, made, upstream, expected, again_in_graph if traced else linear.backward)
+        if loss is not None and not (traced or must_be_plain(upstream)):
+            factor = loss.to(accumulation_dtype(call.problem.dtype)).detach()
+            if call.problem.reduction != "none":
+                expectation.note(torch.stack((factor, torch.zeros_like(factor))), tensors.input, call.problem)
+        return None, None, *in_order(found)
+
+
+def is_ahead(call, tensors, expectation):
+    """Whether gradients may be made in the forward pass."""
+    if call.problem.reduction == "none" or not call.wanted.gradient:
+        return False
+    # Hooks copy what is saved elsewhere, or throw it away.
+    if _top_saved_tensors_default_hooks(False) is not None:
+        return False
+    # Gradients for 1 may be too small for float16 to hold; those for the scale of automatic mixed precision are not.
+    return call.dtype != torch.float16 or expectation.has_seen(tensors.input, call.problem)
+
+
+def gradients(call, tensors, layer, made, upstream, expected, again):
+    """`Gradients` for these upstream gradients; `again` is what makes them of the logits."""
+    if upstream.loss is None and not upstream.has_stats():
+        return Gradients()
+    if must_be_plain(upstream):
+        return differentiable(call, tensors, layer, upstream)
+    upstream = resolved(upstream)
+    if not call.wanted.gradient:
+        found = Gradients()
+    elif expected is None or upstream.loss is None or upstream.has_stats():
+        found = again(call, tensors, layer, upstream)
+    else:
+        found = multiplied(made.gradients, upstream.loss, expected[0])
+    if call.needed.sample_weight and upstream.loss is not None:
+        weight = sample_weight_gradient(call.problem, tensors, made.losses, upstream.loss)
+        found = found._replace(sample_weight=weight)
+    return found
+
+
+def multiplied(made, upstream, expected):
+    """The gradients for `upstream` from those for `expected`: in their place, unless the graph is kept for more."""
+    traced = torch.compiler.is_compiling()
+    keep = traced or _get_current_graph_task_keep_graph()
+    factor = upstream.to(expected.dtype) / expected
+    if not traced and factor.is_cpu and factor.item() == 1:
+        return made._make([each.clone() if keep and each is not None else each for each in made])
+    return made._make([None if each is None else times(each, factor, keep) for each in made])
+
+
+def times(gradient, factor, keep):
+    """A gradient times a factor that is not rounded to its dtype, in new memory to `keep` the old."""
+    if gradient.dtype == factor.dtype or not gradient.is_cuda:  # on a CPU factors aren't rounded
+        return gradient * factor if keep else gradient.mul_(factor)
+    out = torch.empty_like(gradient) if keep else gradient
+    for part, of_out in zip(gradient.view(-1).split(PART), out.view(-1).split(PART), strict=True):
+        of_out.copy_(part.to(factor.dtype) * factor)
+    return out
+
+
+def differentiable(call, tensors, layer, upstream):
+    """`Gradients` by the plain formula, which can be differentiated again."""
+
+    def compute(*given):
+        tensors, layer = Tensors(*given[:TENSORS]), Layer(*given[TENSORS:])
+        return reference.compute(call.problem, tensors._replace(input=logits_of(call, tensors, layer)))
+
+    found = by_formula(call.problem, compute, (*tensors, *layer), in_order(call.needed), upstream)
+    return out_of_order(found)
+
+
+def logits_of(call, tensors, layer):
+    """All logits. Of ignored rows they are those of 0, whatever the input holds."""
+    x = tensors.input.to(call.dtype)
+    if not call.problem.probabilities:
+        x = torch.where((tensors.target != call.problem.ignore_index).unsqueeze(1), x, 0.0)
+    return F.linear(x, *[each if each is None else each.to(call.dtype) for each in layer])
+
+
+def in_order(found):
+    """`Gradients` in the order of `Tensors` and `Layer`."""
+    given = Tensors(found.input, None, sample_weight=found.sample_weight, logit_scale=found.logit_scale)
+    return *given, found.weight, found.bias
+
+
+def out_of_order(found):
+    tensors = Tensors(*found[:TENSORS])
+    return Gradients(tensors.input, tensors.sample_weight, tensors.logit_scale, *found[TENSORS:])
+
+
+# --- In graphs
+
+_OF_CALL = "ScalarType product, int? chunk_rows, ScalarType? accumulate, int? most, bool[] needed"
+_LAYER = "Tensor linear_weight, Tensor? linear_bias"
+
+
+def arguments(call, tensors, layer):
+    """A call as the operators take it."""
+    of_call = call.dtype, call.chunk_rows, call.accumulate_dtype, call.max_counted_rows
+    return *ops.arguments(call.problem, tensors), *layer, *of_call, [bool(need) for need in call.needed]
+
+
+def call_of(arguments):
+    """What `arguments` was made from."""
+    *of_loss, weight, bias, dtype, chunk_rows, accumulate_dtype, most, needed = arguments
+    problem, tensors = ops.call(of_loss)
+    call = Call(problem, Gradients(*needed), dtype, chunk_rows, accumulate_dtype, most)
+    return call, tensors, Layer(weight, bias)
+
+
+@torch.library.custom_op(
+    "xent_ext::linear_forward",
+    mutates_args=(),
+    schema=f"({ops.CALL}, {_LAYER}, {_OF_CALL}) -> (Tensor, Tensor[], Tensor[])",
+)
+def linear_forward(*arguments):
+    call, tensors, layer = call_of(arguments)
+    dtype = accumulation_dtype(call.problem.dtype)
+    expected = first_expected(tensors.input.device, dtype) if is_ahead_in_graph(call) else None
+    loss, stats, made = linear.forward(call, tensors, layer, expected)
+    return loss, list(stats), [each for each in (made.losses, *made.gradients) if each is not None]
+
+
+def is_ahead_in_graph(call):
+    """Whether the forward pass makes gradients: in float16 those for 1 may be too small to hold."""
+    return call.problem.reduction != "none" and call.dtype != torch.float16 and call.wanted.gradient
+
+
+@linear_forward.register_fake
+def _(*arguments):
+    call, tensors, layer = call_of(arguments)
+    rows, acc = tensors.input.shape[0], accumulation_dtype(call.problem.dtype)
+    dtypes = {"predicted": torch.int64, "correct": torch.bool}
+    loss = tensors.input.new_empty((rows,) if call.problem.reduction == "none" else (), dtype=call.problem.dtype)
+    stats = [tensors.input.new_empty(rows, dtype=dtypes.get(name, acc)) for name in call.problem.stats]
+    losses = [tensors.input.new_empty(rows, dtype=acc)] if call.needed.sample_weight else []
+    return loss, stats, losses + (fake_gradients(call, tensors, layer) if is_ahead_in_graph(call) else [])
+
+
+def fake_gradients(call, tensors, layer):
+    of = Gradients(tensors.input, None, tensors.logit_scale, *layer)
+    return [torch.empty_like(each) for each, need in zip(of, call.needed, strict=True) if need and each is not None]
+
+
+@torch.library.custom_op(
+    "xent_ext::linear_backward",
+    mutates_args=(),
+    schema=f"({ops.UPSTREAM}, {ops.CALL}, {_LAYER}, {_OF_CALL}) -> Tensor[]",
+)
+def linear_backward(*arguments):
+    count = len(Upstream._fields)
+    return [
+        each for each in linear.backward(*call_of(arguments[count:]), Upstream(*arguments[:count])) if each is not None
+    ]
+
+
+@linear_backward.register_fake
+def _(*arguments):
+    return fake_gradients(*call_of(arguments[len(Upstream._fields) :]))
+
+
+def again_in_graph(call, tensors, layer, upstream):
+    """`linear.backward`, as an operator."""
+    found = torch.ops.xent_ext.linear_backward(*upstream, *arguments(call, tensors, layer))
+    return named(call.needed._replace(sample_weight=False), found)
+
+
+def named(needed, found):
+    """`Gradients` from a list of those that are needed."""
+    found = iter(found)
+    return Gradients(*[next(found) if need else None for need in needed])
+
+
+def save(ctx, inputs, output):
+    _, stats, made = output
+    ctx.call, tensors, layer = call_of(inputs)
+    ctx.save_for_backward(*tensors, *layer, *made)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*flat(ctx.call.problem, stats), *made)
+
+
+def differentiate(ctx, loss, stats, _):
+    call, saved = ctx.call, ctx.saved_tensors
+    tensors, layer, made = Tensors(*saved[:TENSORS]), Layer(*saved[TENSORS:GIVEN]), list(saved[GIVEN:])
+    losses = made.pop(0) if call.needed.sample_weight else None
+    expected, found = None, Gradients()
+    if is_ahead_in_graph(call):
+        expected = first_expected(tensors.input.device, accumulation_dtype(call.problem.dtype))
+        found = named(call.needed._replace(sample_weight=False), made)
+    upstream = upstream_of(call.problem, loss, stats)
+    found = in_order(gradients(call, tensors, layer, Made(found, losses), upstream, expected, again_in_graph))
+    options = [[] if getattr(call.problem, name) == () else None for name in ops.OPTIONS]  # it may be a list of tensors
+    return *found[:TENSORS], *options, *found[TENSORS:], None, None, None, None, None
+
+
+linear_forward.register_autograd(differentiate, setup_context=save)

@@ -1,0 +1,161 @@
+"""The last linear layer with its loss: from a call as it comes to who takes it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import call, checks, dispatch, linear_autograd
+from .call import Arguments
+from .linear import Call, Gradients
+from .problem import CrossEntropyStats, Layer
+from .reference import accumulation_dtype
+
+
+class LinearArguments(NamedTuple):
+    """What `torch.nn.functional.linear_cross_entropy` takes, in its order, and how the layer is computed."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None = None
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int | None = -100
+    label_smoothing: float = 0.0
+    options: Any = None
+    chunk_rows: int | None = None
+    accumulate_dtype: torch.dtype | None = None
+    max_counted_rows: int | None = None
+
+
+def linear_cross_entropy(owner, arguments, options):
+    """The loss of `LinearArguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
+    arguments = with_torch_options(arguments)
+    dtype = dtype_of_products(arguments)
+    checks.check_layer(arguments, dtype)
+    if arguments.linear_weight.dim() > 2 or any(map(dispatch.is_distributed, arguments[:3])):
+        return of_whole_logits(owner, arguments, options, dtype)
+    rows = Rows(arguments, options, dtype)
+    name, _ = rows.route()
+    if name == "torch":
+        return rows.unfused(owner)
+    return rows.whole(*linear_autograd.loss(owner, rows.call, rows.tensors, rows.layer))
+
+
+def with_torch_options(arguments):
+    """With what `torch.nn.LinearCrossEntropyOptions` ask for, where nothing else does."""
+    options = arguments.options
+    if options is None:
+        return arguments
+    return arguments._replace(
+        options=None,
+        chunk_rows=arguments.chunk_rows or options.batch_chunk_size,
+        accumulate_dtype=arguments.accumulate_dtype or options.acc_dtype,
+    )
+
+
+def dtype_of_products(arguments):
+    """The dtype that the layer is computed in, as `F.linear` has it: under autocast another than the tensors'."""
+    input = arguments.input
+    if isinstance(input, Tensor) and call.is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return getattr(input, "dtype", None)
+
+
+class Rows:
+    """A call with a layer (classes, features), checked, with all that is by row in one dimension.
+
+    What the loss asks of its logits is asked of a stand-in, which has their shape and next to no memory.
+    """
+
+    def __init__(self, arguments, options, dtype):
+        self.names = checks.stat_names(options.return_stats)
+        if options.shift:
+            arguments, options = shifted(arguments, options)
+        input, target, f = arguments.input, arguments.target, options.sample_weight
+        classes, features = arguments.linear_weight.shape
+        checks.check_targets_of_rows(input, classes, target, f)
+        self.batch = input.shape[:-1]
+        target = target.reshape(-1, classes) if target.dim() > len(self.batch) > 0 else target.reshape(-1)
+        logits = input.new_empty((), dtype=dtype).expand(self.batch.numel(), classes)
+        self.options = options._replace(
+            dtype=options.dtype or accumulation_dtype(dtype),
+            sample_weight=f.reshape(-1) if isinstance(f, Tensor) else f,
+        )
+        self.arguments = of_loss(arguments, logits, target)
+        problem, tensors = call.prepare(self.arguments, self.options)
+        self.tensors = tensors._replace(input=input.reshape(-1, features))
+        self.layer = Layer(arguments.linear_weight, arguments.linear_bias)
+        numbers = arguments.chunk_rows, arguments.accumulate_dtype, arguments.max_counted_rows
+        self.call = Call(problem, self.needed(), dtype, *numbers)
+
+    def needed(self):
+        tensors = self.tensors
+        given = Gradients(tensors.input, tensors.sample_weight, tensors.logit_scale, *self.layer)
+        recorded = torch.is_grad_enabled()
+        return Gradients(*[each is not None and recorded and each.requires_grad for each in given])
+
+    def route(self):
+        """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""
+        if not self.tensors.input.shape[-1]:
+            return "torch", "the layer has no inputs"
+        return dispatch.implementation_of((*self.tensors, *self.layer))
+
+    def unfused(self, owner):
+        """The layer, and then the loss."""
+        logits = linear_autograd.logits_of(self.call, self.tensors, self.layer)
+        found = dispatch.cross_entropy(owner, self.arguments._replace(input=logits), self.options)
+        loss, stats = found if self.options.return_stats else (found, None)
+        if stats is None:
+            return self.by_row(loss)
+        values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+        return self.by_row(loss), CrossEntropyStats(**{name: self.by_row(value) for name, value in values.items()})
+
+    def whole(self, loss, stats):
+        """The loss, with its statistics where they are asked for."""
+        if not self.names:
+            return self.by_row(loss)
+        found = {name: self.by_row(value) for name, value in zip(self.call.problem.stats, stats, strict=True)}
+        return self.by_row(loss), call.statistics(self.names, self.call.problem, self.tensors.target, found)
+
+    def by_row(self, values):
+        """In the shape of the rows, if this is by row."""
+        return values if values is None or not values.dim() else values.reshape(self.batch)
+
+
+def of_loss(arguments, logits, target):
+    """The `Arguments` of the loss."""
+    ignore_index = -100 if arguments.ignore_index is None else arguments.ignore_index
+    return Arguments(
+        logits, target, arguments.weight, None, ignore_index, None, arguments.reduction, arguments.label_smoothing
+    )
+
+
+def shifted(arguments, options):
+    """Without the last position of the input, and the first of what belongs to the position after it."""
+    input, target, f = arguments.input, arguments.target, options.sample_weight
+    logits = input.new_empty(()).expand(*input.shape[:-1], arguments.linear_weight.shape[0])
+    checks.check_shift(logits, target, f)
+    return (
+        arguments._replace(input=input[:, :-1], target=target[:, 1:]),
+        options._replace(sample_weight=None if f is None else f[:, 1:], shift=False),
+    )
+
+
+def of_whole_logits(owner, arguments, options, dtype):
+    """The layer, and then the loss: with weights (C, d1, ..., D), or a `DTensor`."""
+    weight, bias = arguments.linear_weight, arguments.linear_bias
+    if weight.dim() > 2:
+        logits = F.linear(arguments.input, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        logits = logits.unflatten(-1, weight.shape[:-1])
+    else:
+        logits = F.linear(arguments.input, weight, bias)
+    target = arguments.target
+    if weight.dim() == 2 and logits.dim() > 2 and not options.shift:
+        target = target.movedim(-1, 1) if target.shape == logits.shape else target
+        logits = logits.movedim(-1, 1)
+    options = options._replace(dtype=options.dtype or accumulation_dtype(dtype))
+    return dispatch.cross_entropy(owner, of_loss(arguments, logits, target), options)
