@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, plan, reference
+from . import backends, checks, memory, plan, reference
 from .gradients import made_for
 from .problem import Layer, Problem, Tensors, Wanted
 from .reference import accumulation_dtype
@@ -182,7 +182,7 @@ class Walk:
 
     def problem_of_chunk(self, inplace):
         """The loss of a chunk's logits: a part of the sum, over the normaliser of all rows for a mean."""
-        return replace(self.problem, dtype=self.acc, inplace=inplace and self.problem.reduction != "none")
+        return replace(self.problem, dtype=self.acc, inplace=inplace)
 
     def setup_for(self, problem, tensors, wanted):
         return backends.implementation_for(tensors.input).setup_for(problem, tensors, wanted)
@@ -190,6 +190,8 @@ class Walk:
     def chunks(self):
         step = self.call.rows_of_chunks(self.rows, self.layer)
         buffer = torch.empty(step, self.layer.weight.shape[0], dtype=self.call.dtype, device=self.device)
+        if buffer.is_cpu:
+            memory.on_huge_pages(buffer)
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
             rows = slice(first, last) if self.index is None else self.index[first:last]
@@ -295,7 +297,9 @@ class Sums:
         beta = 1
         if self.weight is None:
             total, beta = self.walk.call.total_dtype(self.walk.rows, self.walk.layer), 0
-            self.weight = torch.empty_like(self.walk.layer.weight, dtype=total)
+            weight = self.walk.layer.weight
+            kept = weight.is_cpu and weight.dtype == total
+            self.weight = memory.empty_like(weight) if kept else torch.empty_like(weight, dtype=total)
         if self.weight.dtype == g.dtype:
             self.weight.addmm_(g.t(), x, beta=beta)
         elif g.is_cuda:

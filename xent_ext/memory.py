@@ -31,13 +31,18 @@ def empty_like(tensor):
     if storage is not None:
         stride = torch.empty_like(tensor, device="meta").stride()
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
-    made = torch.empty_like(tensor)
-    storage = made.untyped_storage()
-    if size >= MAPPED and advise() is not None:
-        to_huge_pages(storage)
+    made = on_huge_pages(torch.empty_like(tensor))
     if size <= MOST_KEPT:
-        _kept.keep(storage)
+        _kept.keep(made.untyped_storage())
     return made
+
+
+def on_huge_pages(tensor):
+    """A new tensor on the CPU, which has huge pages if it is large, and the system has them."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() >= MAPPED and advise() is not None:
+        to_huge_pages(storage)
+    return tensor
 
 
 def to_huge_pages(storage):
