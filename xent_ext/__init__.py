@@ -3,7 +3,7 @@
 from .explain import Explanation, explain
 from .functional import cross_entropy, linear_cross_entropy
 from .integrate import install, installed, uninstall
-from .modules import CrossEntropyLoss
+from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .problem import CrossEntropyStats
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "Explanation",
+    "LinearCrossEntropyLoss",
     "cross_entropy",
     "explain",
     "install",

@@ -35,6 +35,10 @@ class Gradients(NamedTuple):
     def has_products(self):
         return self.input or self.weight or self.bias
 
+    def each(self, function, *arguments):
+        """What the function makes of each that there is."""
+        return self._make([None if each is None else function(each, *arguments) for each in self])
+
 
 @dataclass(frozen=True)
 class Call:

@@ -75,7 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ahead is not None:
             ahead.went_back(made.gradients.weight)
         traced = torch.compiler.is_compiling()
-        found = gradients(call, tensors, layer, made, upstream, expected, again_in_graph if traced else linear.backward)
+        found = gradients(call, tensors, layer, made, upstream, expected, traced)
         if loss is not None and not (traced or must_be_plain(upstream)):
             factor = loss.to(accumulation_dtype(call.problem.dtype)).detach()
             if call.problem.reduction != "none":
@@ -94,8 +94,8 @@ def is_ahead(call, tensors, expectation):
     return call.dtype != torch.float16 or expectation.has_seen(tensors.input, call.problem)
 
 
-def gradients(call, tensors, layer, made, upstream, expected, again):
-    """`Gradients` for these upstream gradients; `again` is what makes them of the logits."""
+def gradients(call, tensors, layer, made, upstream, expected, in_graph):
+    """`Gradients` for these upstream gradients, of what was made for the one `expected`, if any."""
     if upstream.loss is None and not upstream.has_stats():
         return Gradients()
     if must_be_plain(upstream):
@@ -104,33 +104,35 @@ def gradients(call, tensors, layer, made, upstream, expected, again):
     if not call.wanted.gradient:
         found = Gradients()
     elif expected is None or upstream.loss is None or upstream.has_stats():
-        found = again(call, tensors, layer, upstream)
+        found = (again_in_graph if in_graph else linear.backward)(call, tensors, layer, upstream)
     else:
-        found = multiplied(made.gradients, upstream.loss, expected[0])
+        factor = upstream.loss.to(expected.dtype) / expected[0]
+        found = made.gradients.each(times, factor) if in_graph else multiplied(made.gradients, factor)
     if call.needed.sample_weight and upstream.loss is not None:
         weight = sample_weight_gradient(call.problem, tensors, made.losses, upstream.loss)
         found = found._replace(sample_weight=weight)
     return found
 
 
-def multiplied(made, upstream, expected):
-    """The gradients for `upstream` from those for `expected`: in their place, unless the graph is kept for more."""
-    traced = torch.compiler.is_compiling()
-    keep = traced or _get_current_graph_task_keep_graph()
-    factor = upstream.to(expected.dtype) / expected
-    if not traced and factor.is_cpu and factor.item() == 1:
-        return made._make([each.clone() if keep and each is not None else each for each in made])
-    return made._make([None if each is None else times(each, factor, keep) for each in made])
+def multiplied(made, factor):
+    """The gradients times a factor: in their place, unless the graph is kept for more."""
+    keep = _get_current_graph_task_keep_graph()
+    if factor.is_cpu and factor.item() == 1:
+        return made.each(torch.clone) if keep else made
+    return made.each(times if keep else times_, factor)
 
 
-def times(gradient, factor, keep):
-    """A gradient times a factor that is not rounded to its dtype, in new memory to `keep` the old."""
-    if gradient.dtype == factor.dtype or not gradient.is_cuda:  # on a CPU factors aren't rounded
-        return gradient * factor if keep else gradient.mul_(factor)
-    out = torch.empty_like(gradient) if keep else gradient
-    for part, of_out in zip(gradient.view(-1).split(PART), out.view(-1).split(PART), strict=True):
-        of_out.copy_(part.to(factor.dtype) * factor)
-    return out
+def times(gradient, factor):
+    return times_(gradient.clone(), factor)
+
+
+def times_(gradient, factor):
+    """Multiply a gradient by a 0-dim factor of a wider dtype, it may be, without rounding that before."""
+    if gradient.dtype == factor.dtype or not gradient.is_cuda:
+        return gradient.mul_(factor)
+    for part in gradient.view(-1).split(PART):
+        part.copy_(part.to(factor.dtype) * factor)
+    return gradient
 
 
 def differentiable(call, tensors, layer, upstream):
@@ -263,7 +265,7 @@ def differentiate(ctx, loss, stats, _):
         expected = first_expected(tensors.input.device, accumulation_dtype(call.problem.dtype))
         found = named(call.needed._replace(sample_weight=False), made)
     upstream = upstream_of(call.problem, loss, stats)
-    found = in_order(gradients(call, tensors, layer, Made(found, losses), upstream, expected, again_in_graph))
+    found = in_order(gradients(call, tensors, layer, Made(found, losses), upstream, expected, in_graph=True))
     options = [[] if getattr(call.problem, name) == () else None for name in ops.OPTIONS]  # it may be a list of tensors
     return *found[:TENSORS], *options, *found[TENSORS:], None, None, None, None, None
 

@@ -79,7 +79,7 @@ class Rows:
         classes, features = arguments.linear_weight.shape
         checks.check_targets_of_rows(input, classes, target, f)
         self.batch = input.shape[:-1]
-        target = target.reshape(-1, classes) if target.dim() > len(self.batch) > 0 else target.reshape(-1)
+        target = target.reshape(-1, classes) if target.shape == (*self.batch, classes) else target.reshape(-1)
         logits = input.new_empty((), dtype=dtype).expand(self.batch.numel(), classes)
         self.options = options._replace(
             dtype=options.dtype or accumulation_dtype(dtype),

@@ -1,13 +1,22 @@
 """Loss modules."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, functional
+from . import dispatch, functional, linear_call
 from .call import Arguments, Options
+from .linear_call import LinearArguments
+
+
+def options_of_module(logit_scale: Any, **options: Any) -> dict[str, Any]:
+    """Those of a module's options that differ from their defaults, by name."""
+    if isinstance(logit_scale, Tensor):
+        raise TypeError("logit_scale of a module must be a number; pass a tensor to forward, by keyword")
+    return Options.that_differ(logit_scale=logit_scale, **options)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -45,9 +54,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         shift: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        if isinstance(logit_scale, Tensor):
-            raise TypeError("logit_scale of a module must be a number; pass a tensor to forward, by keyword")
-        options = Options.that_differ(
+        options = options_of_module(
             dtype=dtype,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -99,3 +106,143 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             if functional.is_overridden(arguments, options):
                 return functional.overridden(arguments, options)
             return dispatch.cross_entropy(self, arguments, options)
+
+
+if TYPE_CHECKING or not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+
+    class _LinearCrossEntropyLoss(torch.nn.Module):
+        """What `torch.nn.LinearCrossEntropyLoss` is made of, for a PyTorch without one."""
+
+        def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            *,
+            out_features: tuple[int, ...] = (),
+            bias: bool = False,
+            device: Any = None,
+            dtype: torch.dtype | None = None,
+            reduction: str = "mean",
+            weight: Tensor | None = None,
+            ignore_index: int | None = None,
+            label_smoothing: float = 0.0,
+            options: Any = None,
+        ) -> None:
+            super().__init__()
+            if weight is not None and weight.shape != (num_classes,):
+                raise RuntimeError(f"weight must have shape {(num_classes,)}, got {tuple(weight.shape)}")
+            if not 0 <= label_smoothing <= 1:
+                raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+            self.num_classes, self.out_features, self.reduction = num_classes, out_features, reduction
+            self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, options
+            self.register_buffer("weight", weight)
+            outputs = math.prod(out_features, start=num_classes)
+            self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
+
+        def extra_repr(self) -> str:
+            return (
+                f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+                f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
+                f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
+            )
+
+else:
+    _LinearCrossEntropyLoss = torch.nn.LinearCrossEntropyLoss
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss`: the last linear layer, `self.linear`, and the loss of its outputs.
+
+    Arguments, attributes and `state_dict` are the base class's (of a PyTorch before 2.13, which has none, they are the
+    same). The options are those of `xent_ext.linear_cross_entropy`, which see; what changes from call to call is an
+    argument of `forward`. For a head whose weight is another layer's too, as a tied embedding's:
+    `loss.linear.weight = embedding.weight`.
+    """
+
+    _xent_ext_options: dict[str, Any] | None = None
+    _xent_ext_chunks: tuple[Any, ...] = (None, None, None)
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        loss_dtype: torch.dtype | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        on_all_ignored: str = "nan",
+        return_stats: bool | Sequence[str] = False,
+        shift: bool = False,
+        chunk_rows: int | None = None,
+        accumulate_dtype: torch.dtype | None = None,
+        max_counted_rows: int | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        self._xent_ext_options = options_of_module(
+            logit_scale,
+            dtype=loss_dtype,
+            softcap=softcap,
+            z_loss=z_loss,
+            on_all_ignored=on_all_ignored,
+            return_stats=return_stats,
+            shift=shift,
+        )
+        self._xent_ext_chunks = chunk_rows, accumulate_dtype, max_counted_rows
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            [super().extra_repr(), *(f"{name}={value!r}" for name, value in (self._xent_ext_options or {}).items())]
+        )
+
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, target: Tensor, *args: Any, **options: Any) -> Tensor: ...
+
+    else:
+
+        def forward(
+            self,
+            input: Tensor,
+            target: Tensor,
+            *,
+            sample_weight: Tensor | None = None,
+            normalizer: float | Tensor | None = None,
+            logit_scale: float | Tensor | None = None,
+        ):
+            options = Options(**self._xent_ext_options or {})
+            options = options._replace(sample_weight=sample_weight, normalizer=normalizer)
+            if logit_scale is not None:
+                options = options._replace(logit_scale=logit_scale)
+            weight, bias = self.linear.weight, self.linear.bias
+            if self.out_features:
+                weight = weight.reshape(self.num_classes, *self.out_features, self.linear.in_features)
+                bias = None if bias is None else bias.reshape(self.num_classes, *self.out_features)
+            arguments = LinearArguments(
+                input, weight, target, bias, self.weight, self.reduction, self.ignore_index, self.label_smoothing,
+                self.options, *self._xent_ext_chunks,
+            )  # fmt: skip
+            if functional.is_layer_overridden(arguments, options):
+                return functional.layer_overridden(arguments, options)
+            return linear_call.linear_cross_entropy(self, arguments, options)
