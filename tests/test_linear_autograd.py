@@ -439,6 +439,92 @@ def test_no_rows():
         found.sum().backward()
 
 
+# --- Where values can't be read without a wait, and by the kernels
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As on a GPU: nothing is known of how many rows count."""
+    monkeypatch.setattr(linear, "is_read_freely", lambda tensor: False)
+
+
+@every_reduction
+def test_rows_that_are_not_known_to_count(unread, reduction):
+    given = make()
+    with torch.no_grad():
+        given[0][given[3] == -100] = float("nan")
+    for most in (None, int((given[3] != -100).sum()), 20):
+        found, right = both(given, reduction=reduction) if most is None else (
+            xent_ext.linear_cross_entropy(
+                *given[:2], given[3], linear_bias=given[2], reduction=reduction, chunk_rows=5, max_counted_rows=most
+            ),
+            expected(*given, reduction=reduction)[0],
+        )  # fmt: skip
+        torch.testing.assert_close(found, right)
+        upstream = torch.rand_like(found)
+        mine = torch.autograd.grad(found, given[:3], upstream)
+        torch.testing.assert_close(mine, torch.autograd.grad(right, given[:3], upstream))
+
+
+def test_more_rows_than_the_bound_are_noticed(unread):
+    input, weight, _, target = make()
+    most = int((target != -100).sum()) - 1
+    for reduction in ("mean", "sum"):
+        assert xent_ext.linear_cross_entropy(input, weight, target, max_counted_rows=most, reduction=reduction).isnan()
+    losses = xent_ext.linear_cross_entropy(input, weight, target, max_counted_rows=most, reduction="none")
+    assert losses.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1}], ids=["plain", "options"]
+)
+@every_reduction
+def test_by_the_kernels(triton_backend, reduction, options):
+    given = make((19,), 8, 40, torch.float32)
+    found, right = both(given, reduction=reduction, **options)
+    torch.testing.assert_close(found, right)
+    upstream = torch.rand_like(found)
+    mine = torch.autograd.grad(found, given[:3], upstream)
+    torch.testing.assert_close(mine, torch.autograd.grad(right, given[:3], upstream), rtol=1e-5, atol=1e-6)
+    assert triton_backend
+
+
+# --- What it costs, before it does
+
+
+def test_explain_linear():
+    input, weight, bias, target = make((600,), 64, 1000, torch.float32)
+    found = xent_ext.explain_linear(input, weight, target, linear_bias=bias)
+    assert (found.implementation, found.traffic.schedule) == ("cpu", "chunks of rows")
+    assert found.traffic.numbers == {"rows": 256, "chunks": 3, "products": 3}
+    gradients = 4 * (600 * 64 + 1000 * 64 + 1000)
+    assert found.traffic.memory == gradients + 4 * 256 * 1000
+    numbers = xent_ext.explain_linear(input, weight.detach(), target, reduction="none", chunk_rows=100).traffic.numbers
+    assert numbers == {"rows": 100, "chunks": 6, "products": 3}
+    with torch.no_grad():
+        numbers = xent_ext.explain_linear(input, weight, target).traffic.numbers
+        assert numbers["products"] == 1
+    whole = xent_ext.explain_linear(input, weight.view(500, 2, 64), target)
+    assert (whole.implementation, whole.traffic) == ("torch", None)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_explained_products_are_those_that_are_made(monkeypatch, reduction):
+    input, weight, _, target = make((23,), ignored=0.0)
+    products = []
+    for place, name in ((linear.Walk, "logits"), (linear.Sums, "add_input"), (linear.Sums, "add_weight")):
+        function = getattr(place, name)
+
+        def counted(*args, name=name, function=function):
+            products.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(place, name, counted)
+    xent_ext.linear_cross_entropy(input, weight, target, reduction=reduction, chunk_rows=5).sum().backward()
+    numbers = xent_ext.explain_linear(input, weight, target, reduction=reduction, chunk_rows=5).traffic.numbers
+    assert len(products) == numbers["products"] * numbers["chunks"]
+
+
 # --- Errors
 
 

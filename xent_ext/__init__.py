@@ -1,6 +1,6 @@
 """Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss."""
 
-from .explain import Explanation, explain
+from .explain import Explanation, explain, explain_linear
 from .functional import cross_entropy, linear_cross_entropy
 from .integrate import install, installed, uninstall
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -15,6 +15,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "cross_entropy",
     "explain",
+    "explain_linear",
     "install",
     "installed",
     "linear_cross_entropy",

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, dispatch
+from . import backends, dispatch, linear, linear_call
 from .call import Arguments, Options, prepare
+from .linear_call import LinearArguments
 from .plan import Traffic
 
 
@@ -68,3 +69,35 @@ def explain(
         want_gradient = torch.is_grad_enabled() and input.requires_grad
         traffic = backends.implementation(name).traffic(problem, tensors, want_gradient)
     return Explanation(name, reason, traffic)
+
+
+def explain_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype | None = None,
+    max_counted_rows: int | None = None,
+    **others: Any,
+) -> Explanation:
+    """`explain` for `linear_cross_entropy`: its chunks, its matrix products, bytes and memory.
+
+    All rows are taken to count. Bytes are those that products and losses read and write of tensors, each as often as a
+    chunk does; what a product reads again to multiply it depends on the BLAS.
+    """
+    arguments = LinearArguments(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,
+        chunk_rows, accumulate_dtype, max_counted_rows,
+    )  # fmt: skip
+    rows = linear_call.rows_of(arguments, Options(**others))
+    if rows is None:
+        return Explanation("torch", "all logits are made, for a weight (C, d1, ..., D) or a DTensor")
+    name, reason = rows.route()
+    return Explanation(name, reason, None if name == "torch" else linear.traffic(rows.call, rows.tensors, rows.layer))

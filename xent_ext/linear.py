@@ -52,6 +52,11 @@ class Call:
     max_counted_rows: int | None = None
 
     @property
+    def is_deferred(self):
+        """Whether the gradients wait for backward, which makes the logits again."""
+        return self.problem.reduction == "none"
+
+    @property
     def wanted(self):
         """What of each chunk of logits is to be made."""
         slope = bool(self.needed.logit_scale)
@@ -134,6 +139,11 @@ class Chunk(NamedTuple):
             values.index_copy_(0, self.rows, found.to(values.dtype))
 
 
+def is_read_freely(tensor):
+    """Whether values of this tensor can be read without a wait for a device."""
+    return tensor.is_cpu
+
+
 class Walk:
     """A call's rows, chunk by chunk, and what is the same for all of them."""
 
@@ -147,7 +157,7 @@ class Walk:
             normalizer = reference.mean_normalizer(call.problem, tensors, self.new(tensors.target.shape[0], fill=1))
             tensors = tensors._replace(normalizer=normalizer)
         self.tensors = tensors
-        if tensors.input.is_cpu or backends.CHECK:
+        if is_read_freely(tensors.input) or backends.CHECK:
             self.check()
         self.index = self.index_of_counted()
 
@@ -170,7 +180,7 @@ class Walk:
         """
         if self.counted is None:
             return None
-        if self.counted.is_cpu:
+        if is_read_freely(self.counted):
             index = self.counted.nonzero().squeeze(1)
             return None if index.numel() == self.counted.numel() else index
         most = self.call.max_counted_rows
@@ -206,7 +216,7 @@ class Walk:
     def input_of(self, rows):
         """Those rows of the layer's input. Whatever an ignored one holds, it is 0 for the products."""
         x = self.tensors.input[rows].to(self.call.dtype)
-        if self.counted is None or x.is_cpu:  # where all that are computed count
+        if self.counted is None or is_read_freely(x):  # all that are computed count
             return x
         return torch.where(self.counted[rows].unsqueeze(1), x, 0)
 
@@ -329,3 +339,34 @@ def add_widened(total, g, x, beta):
     x = x.to(total.dtype)
     for part, of_classes in zip(total.split(CLASSES_WIDENED), g.split(CLASSES_WIDENED, 1), strict=True):
         part.addmm_(of_classes.to(total.dtype).t(), x, beta=beta)
+
+
+# --- What it costs
+
+
+def traffic(call, tensors, layer):
+    """`Traffic` of a call whose rows all count, forward and backward, without running it."""
+    (rows, features), classes, item = tensors.input.shape, layer.weight.shape[0], call.dtype.itemsize
+    step, needed = call.rows_of_chunks(rows, layer), call.needed
+    chunks, total = -(-rows // step), call.total_dtype(rows, layer).itemsize
+    inputs, weights, logits = rows * features * item, classes * features * item, rows * classes * item
+    forwards = 2 if call.is_deferred and call.wanted.gradient else 1
+    read = forwards * (inputs + chunks * weights + logits)
+    written = (forwards + call.wanted.gradient) * logits
+    if needed.input:
+        read, written = read + logits + chunks * weights, written + inputs
+    if needed.weight:
+        sums = classes * features * total
+        read, written = read + logits + inputs + (chunks - 1) * sums, written + chunks * sums
+    given = Gradients(tensors.input, tensors.sample_weight, tensors.logit_scale, *layer)
+    made = sum(each.numel() * each.element_size() for each, need in zip(given, needed, strict=True) if need)
+    casts = sum(each.numel() * item for each in layer if each is not None and each.dtype != call.dtype)
+    if needed.weight and total != layer.weight.element_size():
+        casts += classes * features * total
+    return plan.Traffic(
+        schedule="chunks of rows",
+        numbers={"rows": step, "chunks": chunks, "products": forwards + bool(needed.input) + bool(needed.weight)},
+        bytes_read=read,
+        bytes_written=written,
+        memory=made + casts + step * classes * item,
+    )

@@ -85,7 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def is_ahead(call, tensors, expectation):
     """Whether gradients may be made in the forward pass."""
-    if call.problem.reduction == "none" or not call.wanted.gradient:
+    if call.is_deferred or not call.wanted.gradient:
         return False
     # Hooks copy what is saved elsewhere, or throw it away.
     if _top_saved_tensors_default_hooks(False) is not None:
@@ -200,7 +200,7 @@ def linear_forward(*arguments):
 
 def is_ahead_in_graph(call):
     """Whether the forward pass makes gradients: in float16 those for 1 may be too small to hold."""
-    return call.problem.reduction != "none" and call.dtype != torch.float16 and call.wanted.gradient
+    return not call.is_deferred and call.dtype != torch.float16 and call.wanted.gradient
 
 
 @linear_forward.register_fake

@@ -33,16 +33,23 @@ class LinearArguments(NamedTuple):
 
 def linear_cross_entropy(owner, arguments, options):
     """The loss of `LinearArguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
-    arguments = with_torch_options(arguments)
-    dtype = dtype_of_products(arguments)
-    checks.check_layer(arguments, dtype)
-    if arguments.linear_weight.dim() > 2 or any(map(dispatch.is_distributed, arguments[:3])):
-        return of_whole_logits(owner, arguments, options, dtype)
-    rows = Rows(arguments, options, dtype)
+    rows = rows_of(arguments, options)
+    if rows is None:
+        return of_whole_logits(owner, arguments, options)
     name, _ = rows.route()
     if name == "torch":
         return rows.unfused(owner)
     return rows.whole(*linear_autograd.loss(owner, rows.call, rows.tensors, rows.layer))
+
+
+def rows_of(arguments, options):
+    """The `Rows` of a call, whose layer is checked; None for those that only whole logits are right for."""
+    arguments = with_torch_options(arguments)
+    dtype = dtype_of_products(arguments)
+    checks.check_layer(arguments, dtype)
+    if arguments.linear_weight.dim() > 2 or any(map(dispatch.is_distributed, arguments[:3])):
+        return None
+    return Rows(arguments, options, dtype)
 
 
 def with_torch_options(arguments):
@@ -145,7 +152,7 @@ def shifted(arguments, options):
     )
 
 
-def of_whole_logits(owner, arguments, options, dtype):
+def of_whole_logits(owner, arguments, options):
     """The layer, and then the loss: with weights (C, d1, ..., D), or a `DTensor`."""
     weight, bias = arguments.linear_weight, arguments.linear_bias
     if weight.dim() > 2:
@@ -157,5 +164,5 @@ def of_whole_logits(owner, arguments, options, dtype):
     if weight.dim() == 2 and logits.dim() > 2 and not options.shift:
         target = target.movedim(-1, 1) if target.shape == logits.shape else target
         logits = logits.movedim(-1, 1)
-    options = options._replace(dtype=options.dtype or accumulation_dtype(dtype))
+    options = options._replace(dtype=options.dtype or accumulation_dtype(logits.dtype))
     return dispatch.cross_entropy(owner, of_loss(arguments, logits, target), options)
