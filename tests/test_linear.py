@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from parity import DTYPES, REDUCTIONS
 
 import xent_ext
-from xent_ext import linear, linear_autograd, reference
+from xent_ext import linear, linear_autograd, plan, reference
 
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 DIFFERENTIABLE = ("logprob", "lse", "entropy")
 
 
 @pytest.fixture(autouse=True)
-def nothing_expected_here():
+def in_chunks(monkeypatch):
+    """Of any size, with nothing expected."""
     linear_autograd.expectation_for.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 0)
 
 
 def make(batch=(23,), features=8, classes=11, dtype=torch.float64, *, probabilities=False, ignored=0.3, seed=0):

@@ -13,14 +13,17 @@ from test_linear import expected, make
 from torch.utils.checkpoint import checkpoint
 
 import xent_ext
-from xent_ext import ahead, backends, linear, linear_autograd
+from bench import machine
+from xent_ext import ahead, backends, cpu, linear, linear_autograd, plan
 
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 @pytest.fixture(autouse=True)
-def nothing_expected_here():
+def in_chunks(monkeypatch):
+    """Of any size, with nothing expected."""
     linear_autograd.expectation_for.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 0)
 
 
 @pytest.fixture
@@ -408,6 +411,24 @@ def test_functional_call():
 # --- By the two functions
 
 
+@every_reduction
+def test_few_logits_are_made_at_once(monkeypatch, reduction):
+    monkeypatch.undo()
+    given = make((3, 7))
+    with torch.no_grad():
+        given[0][given[3] == -100] = float("nan")
+    options = {"reduction": reduction, "z_loss": 0.1, "return_stats": ("lse",)}
+    monkeypatch.setattr(linear.Walk, "logits", lambda *args: pytest.fail("a chunk was made"))
+    loss, stats = xent_ext.linear_cross_entropy(*given[:2], given[3], linear_bias=given[2], **options)
+    right, lse = expected(*given, **options)
+    torch.testing.assert_close((loss, stats.lse), (right, lse))
+    upstream = torch.rand_like(loss)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, given[:3], upstream), torch.autograd.grad(right, given[:3], upstream)
+    )
+    assert "made at once" in xent_ext.explain_linear(*given[:2], given[3]).reason
+
+
 def test_weights_of_several_dimensions():
     input = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 3, 2, 8, dtype=torch.float64, requires_grad=True)
@@ -558,3 +579,29 @@ def test_errors_come_before_any_product(monkeypatch, kind, match, changes):
     arguments = {"input": torch.rand(5, 8), "linear_weight": torch.rand(11, 8), "target": torch.arange(5), **changes}
     with pytest.raises(kind, match=match):
         xent_ext.linear_cross_entropy(**arguments)
+
+
+# --- Memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory(dtype, monkeypatch):
+    """Of logits there are a chunk's; beside them the gradients, and blocks on a CPU, which here are a quarter chunk."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 20)
+    input, weight, _, target = make((2048,), 64, 8192, dtype, ignored=0.0)
+    chunk, gradients = 128 * 8192 * dtype.itemsize, (2048 + 8192) * 64 * dtype.itemsize
+    options = {"chunk_rows": 128, "accumulate_dtype": dtype}
+
+    def forward(**reduction):
+        return xent_ext.linear_cross_entropy(input, weight, target, **options, **reduction)
+
+    assert peak(torch.no_grad()(forward)) <= 2 * chunk
+    for reduction in ("mean", "none"):
+        most = peak(
+            lambda reduction=reduction: torch.autograd.grad(forward(reduction=reduction).sum(), (input, weight))
+        )
+        assert gradients + chunk <= most <= gradients + 2 * chunk
+
+
+def peak(work):
+    return machine.peak_memory(work, torch.device("cpu"))[1]

@@ -8,16 +8,17 @@ from parity import REDUCTIONS
 from test_linear import make
 
 import xent_ext
-from xent_ext import linear, linear_autograd
+from xent_ext import linear, linear_autograd, plan
 
 pytestmark = current_corners
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
     torch._dynamo.reset()
     linear_autograd.expectation_for.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 0)
     yield
     torch._dynamo.reset()
 

@@ -66,7 +66,9 @@ class Call:
         classes, features = layer.weight.shape
         if self.chunk_rows is not None:
             return max(min(self.chunk_rows, rows), 1)
-        return plan.chunk_rows(rows, features, classes, layer.weight.is_cpu, self.needed.weight)
+        return plan.chunk_rows(
+            rows, features, classes, self.dtype.itemsize, layer.weight.is_cpu, bool(self.needed.weight)
+        )
 
     def total_dtype(self, rows, layer):
         """The dtype in which the weight's gradient is added up over the chunks."""

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import call, checks, dispatch, linear_autograd
-from .call import Arguments
+from . import call, checks, dispatch, linear_autograd, plan
+from .call import Arguments, Options
 from .linear import Call, Gradients
 from .problem import CrossEntropyStats, Layer
 from .reference import accumulation_dtype
@@ -109,12 +109,24 @@ class Rows:
         """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""
         if not self.tensors.input.shape[-1]:
             return "torch", "the layer has no inputs"
+        if self.is_small():
+            return "torch", "logits of this size are made at once"
         return dispatch.implementation_of((*self.tensors, *self.layer))
+
+    def is_small(self):
+        """Whether chunks would save next to no memory, and take more time."""
+        logits = self.arguments.input
+        if torch.compiler.is_compiling() or self.call.chunk_rows is not None:
+            return False
+        return logits.numel() * logits.element_size() <= plan.LEAST_CHUNK_BYTES
 
     def unfused(self, owner):
         """The layer, and then the loss."""
         logits = linear_autograd.logits_of(self.call, self.tensors, self.layer)
-        found = dispatch.cross_entropy(owner, self.arguments._replace(input=logits), self.options)
+        options = self.options
+        if Options.that_differ(**options._asdict()) == {"dtype": options.dtype}:
+            logits, options = logits.to(options.dtype), None  # as a plain call, which is quicker
+        found = dispatch.cross_entropy(owner, self.arguments._replace(input=logits), options)
         loss, stats = found if self.options.return_stats else (found, None)
         if stats is None:
             return self.by_row(loss)

@@ -400,16 +400,19 @@ def parts(count, for_one=ROWS_PER_PROGRAM):
 LEAST_CHUNK_ON_CPU, LEAST_CHUNK_ON_GPU = 256, 1024
 # Rows of chunks are multiples of this, which is one of every tile that a BLAS works with.
 CHUNK_STEP = 128
+# Chunks of less memory than this save next to none, and logits of this size are no chunk, but are made at once: a chunk
+# takes 200 us more on a CPU than its arithmetic, and its products take longer than those of more rows.
+LEAST_CHUNK_BYTES = 16 << 20
 # Chunks whose parts of the weight's gradient are added up in half precision. Each rounds the sum once more: with four
 # the error is 1.1 to 1.5 times that of one product, and it grows with their root.
 MOST_ROUNDED = 4
 
 
-def chunk_rows(rows, features, classes, on_cpu, with_weight):
+def chunk_rows(rows, features, classes, itemsize, on_cpu, with_weight):
     """How many rows of the logits (rows, classes) of a layer (classes, features) there are at a time.
 
     The logits then take half of the memory of the weight's gradient, or where there is none as much as the input's.
     """
-    most = features / 2 if with_weight else rows * features / classes
+    most = max(features / 2 if with_weight else rows * features / classes, LEAST_CHUNK_BYTES / (classes * itemsize))
     most = max(round(most / CHUNK_STEP) * CHUNK_STEP, LEAST_CHUNK_ON_CPU if on_cpu else LEAST_CHUNK_ON_GPU)
     return max(min(most, rows), 1)
