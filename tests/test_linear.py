@@ -1,6 +1,7 @@
 """The last linear layer with its loss: against F.linear and the specification, in loss, gradients and statistics."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,3 +241,20 @@ def test_a_bound_for_the_rows_that_count():
         torch.testing.assert_close(found, F.cross_entropy(F.linear(input, weight, bias), target))
     with pytest.raises(ValueError, match=f"max_counted_rows must be at least .* {count}, got {count - 1}"):
         xent_ext.linear_cross_entropy(input, weight, target, max_counted_rows=count - 1)
+
+
+# --- As the README has it
+
+
+def test_the_lines_of_the_readme():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## The last layer and the loss\n")[2].partition("\n## ")[0]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(code, found)
+    hidden, tokens, head = (
+        found[name].detach() if name == "hidden" else found[name] for name in ("hidden", "tokens", "head")
+    )
+    right = F.cross_entropy(head(hidden)[:, :-1].transpose(1, 2), tokens[:, 1:])
+    torch.testing.assert_close(found["loss"], right)
+    assert head.weight.grad is not None
