@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import call, checks, dispatch, linear_autograd, plan
+from . import backends, call, checks, dispatch, linear_autograd, plan
 from .call import Arguments, Options
 from .linear import Call, Gradients
 from .problem import CrossEntropyStats, Layer
@@ -33,6 +33,8 @@ class LinearArguments(NamedTuple):
 
 def linear_cross_entropy(owner, arguments, options):
     """The loss of `LinearArguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
+    if torch.compiler.is_compiling() and not backends.RECENT:
+        return outside_graphs(owner, arguments, options)
     rows = rows_of(arguments, options)
     if rows is None:
         return of_whole_logits(owner, arguments, options)
@@ -40,6 +42,10 @@ def linear_cross_entropy(owner, arguments, options):
     if name == "torch":
         return rows.unfused(owner)
     return rows.whole(*linear_autograd.loss(owner, rows.call, rows.tensors, rows.layer))
+
+
+# Breaks a graph that can't have it, which goes on after it.
+outside_graphs = torch.compiler.disable(linear_cross_entropy)
 
 
 def rows_of(arguments, options):
