@@ -153,9 +153,15 @@ def environment(folder, *install):
     site = run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
     here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     Path(site, "here.pth").write_text("\n".join(here))
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--ignore-installed")
-    run(*pip, "--no-build-isolation", *install, cwd=folder)
+    if install:
+        pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
+        run(*pip, "--ignore-installed", "--no-build-isolation", *install, cwd=folder)
     return python
+
+
+@pytest.fixture(scope="module")
+def requirements_python(tmp_path_factory):
+    return environment(tmp_path_factory.mktemp("requirements"))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +204,16 @@ def test_metadata(metadata):
 
 def test_build_uses_nothing_deprecated(built):
     assert "deprecat" not in built[2].lower()
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable", "requirements"])
+def test_a_checkout_is_imported_as_it_is(kind, source, request):
+    """Whatever is installed beside it, or nothing but what the package requires."""
+    python = request.getfixturevalue(f"{kind}_python")
+    for module in ("xent_ext", "xent_ext.kernels", "bench"):
+        found = run(python, "-c", f"import {module} as found; print(found.__file__)", cwd=source).strip()
+        assert Path(found).is_relative_to(source)
+    assert run(python, "-c", LOSS, cwd=source).splitlines()[-2:] == ["cpu", "the logits are on a CPU"]
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])

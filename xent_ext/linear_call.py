@@ -45,7 +45,7 @@ def linear_cross_entropy(owner, arguments, options):
 
 
 # Breaks a graph that can't have it, which goes on after it.
-outside_graphs = torch.compiler.disable(linear_cross_entropy)
+outside_graphs = linear_cross_entropy if backends.RECENT else torch.compiler.disable(linear_cross_entropy)
 
 
 def rows_of(arguments, options):
