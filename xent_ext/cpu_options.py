@@ -1,9 +1,12 @@
-"""The options for training on a CPU: any of them, in blocks, by exponentials that all of them can use.
+"""The options for training on a CPU: any of them, in blocks, by a softmax that all of them can use.
 
 The formula is `xent_ext.reference`'s in the form of kernels/math.py, with m the maximum of a row's logits z:
 
-    e = exp(z - m),  s = sum e,  mass = sum b,  dot = sum b * (z - m)
-    row loss = mass * log(s) - dot,   row gradient = mass * e / s - b
+    p = softmax(z),  s = sum exp(z - m) = 1 / max p,  mass = sum b,  dot = sum b * (z - m)
+    row loss = mass * log(s) - dot,   row gradient = mass * p - b
+
+PyTorch's softmax takes less time than its exponential, which for z - m below -87, as in confident or masked rows, takes
+ten times as long.
 
 With a z-loss, lse = m + log(s), the loss has z_loss * lse^2 more and the mass of the gradient 2 * z_loss * lse. What
 turns logits into z, and gradients of statistics, add operators to a block only where they are asked for.
@@ -15,8 +18,9 @@ import torch
 
 from .memory import buffer
 
-# Stands for z - m = -inf in the entropy, where its exponential is 0 in float64 too, and so is the product with this.
+# Stands for z - m = -inf in the entropy, where p is 0 in float64 too, and so is the product with this.
 LOWEST = -1e4
+NEED_DISTANCE = {"logprob", "entropy", "entropy_upstream"}  # those of `Walk.extras` that are made of z - m
 
 
 def walk(rows, g, upstream, with_slope, stats):
@@ -32,6 +36,14 @@ def buffer_like(like, dtype, name="block"):
     if like.stride(1) < like.stride(2):
         return buffer(like.transpose(1, 2).shape, dtype, name).transpose(1, 2)
     return buffer(like.shape, dtype, name)
+
+
+def softmax(z, out):
+    """Along the classes, in the order of memory that `out`, a block, has."""
+    if out.stride(1) < out.stride(2):
+        torch.softmax(z.transpose(1, 2), 1, out=out.transpose(1, 2))
+    else:
+        torch.softmax(z, 2, out=out)
 
 
 def gather(x, index, out):
@@ -115,52 +127,53 @@ class Walk:
         return row.s.log() + row.m
 
     def memory(self, x, g):
-        """Where a block's exponentials go: its gradient, or a buffer, in which half precision is widened before."""
-        return g if g is not None and x.dtype == self.rows.acc else buffer_like(x, self.rows.acc)
+        """Where a block's probabilities go: its gradient, or a buffer where that is narrower, or holds the logits."""
+        own = g is not None and x.dtype == self.rows.acc and not self.rows.problem.inplace
+        return g if own else buffer_like(x, self.rows.acc)
 
     def block(self, x, g, q, index, ignored, row, more):
         """Fill in the values of a block's rows; write their gradient to g, unless that is None."""
-        e = self.memory(x, g)
+        p = self.memory(x, g)
         given = x
-        if "slope" in more and e is g and self.rows.problem.inplace:  # which needs the logits when they are overwritten
-            given = buffer_like(x, self.rows.acc, "given").copy_(x)
         if x.dtype != self.rows.acc:
-            x = e.copy_(x)
-        z, capped = self.transformed(x, e)
-        b = self.exponentials(z, e, q, index, row, more)
+            x = buffer_like(x, self.rows.acc, "widened").copy_(x)
+        z, capped = self.transformed(x)
+        b = self.probabilities(z, p, q, index, row, more)
         if g is None:
             return
-        self.scale_by_mass(e, q, row, more)
+        self.scale_by_mass(p, q, row, more)
         if b is not None:
-            e.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
+            p.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
         if index is not None:
             point = row.point * -row.scale
             if "logprob_upstream" in more:
                 point += more["logprob_upstream"]
-            e.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), point.unsqueeze(1))
+            p.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), point.unsqueeze(1))
         elif "logprob_upstream" in more:
-            e.addcmul_(q.to(self.rows.acc), more["logprob_upstream"].unsqueeze(-1))
+            p.addcmul_(q.to(self.rows.acc), more["logprob_upstream"].unsqueeze(-1))
         if capped is not None:
-            e.mul_(capped.square_().neg_().add_(1))
+            p.mul_(capped.square_().neg_().add_(1))
         if "slope" in more:
-            torch.sum(e * given, -1, out=more["slope"])
+            torch.sum(p * given, -1, out=more["slope"])
         if self.rows.scaled:
-            e.mul_(self.rows.scale)
+            p.mul_(self.rows.scale)
         if ignored is not None:
-            e.masked_fill_(ignored.unsqueeze(-1), 0)
-        if e is not g:
-            g.copy_(e)
+            p.masked_fill_(ignored.unsqueeze(-1), 0)
+        if p is not g:
+            g.copy_(p)
 
-    def transformed(self, x, e):
-        """z, in e where it is not x, and z / softcap if there is a cap."""
+    def transformed(self, x):
+        """z, and z / softcap if there is a cap."""
         cap = self.rows.softcap
         if cap is None:
-            return torch.mul(x, self.rows.scale, out=e) if self.rows.scaled else x, None
+            return torch.mul(
+                x, self.rows.scale, out=buffer_like(x, self.rows.acc, "z")
+            ) if self.rows.scaled else x, None
         capped = torch.mul(x, self.rows.scale / cap, out=buffer_like(x, self.rows.acc, "capped")).tanh_()
-        return torch.mul(capped, cap, out=e), capped
+        return torch.mul(capped, cap, out=buffer_like(x, self.rows.acc, "z")), capped
 
-    def exponentials(self, z, e, q, index, row, more):
-        """Write exp(z - m) to e, and mass, s and dot to the row; returns the dense mass, or None."""
+    def probabilities(self, z, p, q, index, row, more):
+        """Write softmax(z) to p, and mass, s and dot to the row; returns the dense mass, or None."""
         if "predicted" in more:
             torch.max(z, -1, out=(row.m, more["predicted"]))
         else:
@@ -168,38 +181,35 @@ class Walk:
         if index is not None:
             gather(z, index, out=row.z)
             torch.mul(row.point, row.z - row.m, out=row.dot)
-        torch.sub(z, row.m.unsqueeze(-1), out=e)
-        b = None
+        softmax(z, p)
+        torch.amax(p, -1, out=row.s).reciprocal_()
+        b, distance = None, None
+        if self.rows.dense or NEED_DISTANCE & more.keys():
+            distance = torch.sub(z, row.m.unsqueeze(-1), out=buffer_like(z, self.rows.acc, "distance"))
         if self.rows.dense:
             b = self.dense_mass(q)
-            row.mass.add_(b.expand(e.shape).sum(-1))
-            dot = b * e.sum(-1) if b.dim() == 0 else (b * e).sum(-1)
+            row.mass.add_(b.expand(p.shape).sum(-1))
+            dot = b * distance.sum(-1) if b.dim() == 0 else (b * distance).sum(-1)
             row.dot.copy_(dot if index is None else dot.add_(row.dot))
         if more:
-            self.statistics(e, q, row, more)
-        else:
-            torch.sum(e.exp_(), -1, out=row.s)
+            self.statistics(p, q, distance, row, more)
         return b
 
-    def statistics(self, e, q, row, more):
-        """Turn z - m in e into its exponentials and sum them, filling in what is asked for besides."""
+    def statistics(self, p, q, distance, row, more):
+        """Fill in what is asked for besides, of the probabilities and of z - m."""
         if "logprob" in more:
-            torch.sum(q.to(self.rows.acc) * e, -1, out=more["logprob"])
+            q = q.to(self.rows.acc)
+            torch.sub((q * distance).sum(-1), q.sum(-1) * row.s.log(), out=more["logprob"])
         if "true" in more and q is not None:
             torch.argmax(q, -1, out=more["true"])
-        with_entropy = "entropy" in more or "entropy_upstream" in more
-        if with_entropy:
-            distance = torch.clamp(e, min=LOWEST, out=buffer_like(e, self.rows.acc, "distance"))
-        torch.sum(e.exp_(), -1, out=row.s)
-        if "logprob" in more:
-            more["logprob"].sub_(q.to(self.rows.acc).sum(-1) * row.s.log())
-        if with_entropy:
-            more["distance"], more["mean_distance"] = distance, (distance * e).sum(-1).div_(row.s)
+        if "entropy" in more or "entropy_upstream" in more:
+            more["distance"] = distance.clamp_(min=LOWEST)
+            more["mean_distance"] = (distance * p).sum(-1)
         if "entropy" in more:
             torch.sub(row.s.log(), more["mean_distance"], out=more["entropy"])
 
-    def scale_by_mass(self, e, q, row, more):
-        """Multiply the exponentials by what the gradient has of each p, over their sum."""
+    def scale_by_mass(self, p, q, row, more):
+        """Multiply the probabilities by what the gradient has of each."""
         mass = row.mass * row.scale
         if self.rows.z_loss:
             mass += 2 * self.rows.z_loss * self.lse(row) * row.scale
@@ -208,12 +218,12 @@ class Walk:
         if "logprob_upstream" in more:
             mass -= more["logprob_upstream"] * (1 if q is None else q.to(self.rows.acc).sum(-1))
         if "entropy_upstream" not in more:
-            e.mul_((mass / row.s).unsqueeze(-1))
+            p.mul_(mass.unsqueeze(-1))
             return
         # d entropy / dz_c = -p_c * (distance_c - mean_distance)
         up, distance = more["entropy_upstream"], more["distance"]
         mass += up * more["mean_distance"]
-        e.mul_(distance.mul_((-up / row.s).unsqueeze(-1)).add_((mass / row.s).unsqueeze(-1)))
+        p.mul_(distance.mul_(-up.unsqueeze(-1)).add_(mass.unsqueeze(-1)))
 
     def dense_mass(self, q):
         """The mass that every class has beside the point mass, as (), (C) or (outer, inner, C)."""
