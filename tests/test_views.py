@@ -185,8 +185,22 @@ class Mask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if not all(issubclass(cls, type_) for type_ in types):
+            return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
+
+
+class Described(torch.Tensor):
+    """As MONAI's: results are of it, too, and take over what it says of itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(found, cls):
+            given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, cls)]
+            found.about = [getattr(each, "about", None) for each in given]
+        return found
 
 
 class Silent(torch.Tensor):
@@ -195,7 +209,10 @@ class Silent(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-subclasses = pytest.mark.parametrize("subclass", [Labelled, Mask, Silent])
+subclasses = pytest.mark.parametrize("subclass", [Labelled, Mask, Described, Silent])
+any_of_them = pytest.mark.parametrize(
+    "names", [("input",), ("target",), ("weight",), ("input", "target", "weight")], ids="-".join
+)
 
 
 def plain(tensor):
@@ -203,23 +220,32 @@ def plain(tensor):
         return tensor.detach().as_subclass(torch.Tensor)
 
 
+def outcome(cross_entropy, subclass, names, reduction):
+    """The loss and the gradient of `problem`, where the arguments of these names are of a subclass."""
+    args = {name: tensor.detach() for name, tensor in problem().items()}
+    for name in names:
+        args[name] = args[name].as_subclass(subclass)
+        args[name].about = name
+    args["input"].requires_grad_()
+    loss = cross_entropy(**args, reduction=reduction)
+    loss.sum().backward()
+    return loss, args["input"].grad
+
+
+def assert_alike(ours, theirs):
+    assert type(ours) is type(theirs)
+    assert getattr(ours, "about", None) == getattr(theirs, "about", None)
+    torch.testing.assert_close(plain(ours), plain(theirs))
+
+
 @subclasses
-@pytest.mark.parametrize("names", [("input",), ("target",), ("weight",), ("input", "target", "weight")], ids="-".join)
+@any_of_them
 @all_reductions
 def test_subclasses(calls, subclass, names, reduction):
     """The result is what PyTorch's own is, type and all."""
-
-    def outcome(cross_entropy):
-        args = {name: tensor.detach() for name, tensor in problem().items()}
-        args |= {name: args[name].as_subclass(subclass) for name in names}
-        args["input"].requires_grad_()
-        loss = cross_entropy(**args, reduction=reduction)
-        loss.sum().backward()
-        return loss, args["input"].grad
-
-    for ours, theirs in zip(outcome(xent_ext.cross_entropy), outcome(F.cross_entropy), strict=True):
-        assert type(ours) is type(theirs)
-        torch.testing.assert_close(plain(ours), plain(theirs))
+    case = subclass, names, reduction
+    for pair in zip(outcome(xent_ext.cross_entropy, *case), outcome(F.cross_entropy, *case), strict=True):
+        assert_alike(*pair)
     assert len(calls) == 1
 
 
@@ -361,12 +387,19 @@ def test_in_place_with_a_hook_on_the_logits(calls, hooked):
     assert calls
 
 
-def test_installed_for_subclasses(calls):
-    """Those that have no `__torch_function__` of their own, and so no table of functions, are reached."""
-    args = {name: tensor.detach().as_subclass(Labelled) for name, tensor in problem().items()}
-    expected = F.cross_entropy(**args)
+@subclasses
+@any_of_them
+@all_reductions
+def test_installed_for_subclasses(calls, subclass, names, reduction):
+    """Those without a `__torch_function__` of their own are reached: others may know PyTorch's function only."""
+    case = subclass, names, reduction
+
+    def by_its_name(*args, **options):
+        return F.cross_entropy(*args, **options)
+
+    expected = outcome(by_its_name, *case)
     with xent_ext.installed():
-        loss = F.cross_entropy(**args)
-    assert type(loss) is Labelled
-    torch.testing.assert_close(plain(loss), plain(expected))
-    assert len(calls) == 1
+        found = outcome(by_its_name, *case)
+    for pair in zip(found, expected, strict=True):
+        assert_alike(*pair)
+    assert len(calls) == (subclass in (Labelled, Silent))
