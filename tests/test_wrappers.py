@@ -145,7 +145,7 @@ def assert_no_higher(peaks):
 
 
 def fully_sharded_peaks(rank):
-    """Of the last layer alone, and where a checkpoint is made of it."""
+    """Of the last layer alone, in a checkpoint, and under hooks."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))

@@ -21,7 +21,8 @@ class Explanation:
     """What `explain` returns, in words where it is shown or printed.
 
     The traffic is None where PyTorch's own or the plain formula takes the call. What is held from forward to backward
-    is said as things are now, with the hooks that are active and the gradients that wait; in a graph it is None.
+    is said as things are now, with the hooks that are active and the gradients that wait, and for an upstream gradient
+    that is foreseen; in a graph it is None.
     """
 
     implementation: str  # "triton", "cpu", "torch" or "plain"
