@@ -22,7 +22,7 @@ class Explanation:
 
     The traffic is None where PyTorch's own or the plain formula takes the call. What is held from forward to backward
     is said as things are now, with the hooks that are active and the gradients that wait, and for an upstream gradient
-    that is foreseen; in a graph it is None.
+    that is foreseen; it is None in a graph, and for the layer with its loss.
     """
 
     implementation: str  # "triton", "cpu", "torch" or "plain"
