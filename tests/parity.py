@@ -213,9 +213,10 @@ def back(axis, *arrays):
 
 
 def made_ahead(loss):
-    """The gradient that the forward pass made."""
+    """The gradient that the forward pass made, and that was not let go; or None."""
     call, *_ = loss.grad_fn.of_call
-    return loss.grad_fn.saved_tensors[call.given]
+    gradient = loss.grad_fn.saved_tensors[call.given]
+    return None if gradient is None or not gradient.numel() else gradient
 
 
 def expectation_of(loss):

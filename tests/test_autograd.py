@@ -647,15 +647,41 @@ def every_size(monkeypatch):
     ahead.on_device.cache_clear()
 
 
-def test_two_gradients_are_made_ahead_at_a_time(fused, device, every_size):
-    """Further losses leave theirs to backward, with the same bits; a step of two losses has both ahead again."""
+# How many losses there are at each step, and which of them have their gradient ahead when all are there. A third loss
+# lets go of one that waits; a step of few losses after one of many has one ahead, and the next as many as it may.
+STEPS = [(1, "A"), (5, "-A---"), (5, "A----"), (2, "A-"), (2, "AA"), (3, "-A-"), (3, "A--"), (1, "A"), (2, "AA")]
+
+
+def test_two_gradients_or_one_of_many_are_made_ahead_at_a_time(fused, device, every_size):
+    """The others are left to backward, with the same bits."""
     args = call(device=device)
     alone = gradient(xent_ext.cross_entropy(**args), args["input"], torch.ones((), device=device))
-    for count in (5, 2, 3):
+    for count, expected in STEPS:
         losses = [xent_ext.cross_entropy(**args) for _ in range(count)]
-        assert [made_ahead(loss) is not None for loss in losses] == [place < 2 for place in range(count)]
+        assert "".join("-" if made_ahead(loss) is None else "A" for loss in losses) == expected
         for loss in losses:
             assert torch.equal(gradient(loss, args["input"], torch.ones_like(loss)), alone)
+
+
+@pytest.mark.parametrize("implementation", ["cpu_blocks", "triton_backend"])
+def test_a_gradient_that_is_let_go_is_made_again(request, implementation, every_size):
+    """With slopes and row losses; and as one that hooks put elsewhere is, which nobody knows by its place."""
+    request.getfixturevalue(implementation)
+    args = call() | {
+        "sample_weight": torch.rand(7).requires_grad_(),
+        "logit_scale": torch.tensor(2.0, requires_grad=True),
+    }
+    leaves = [args[name] for name in ("input", "sample_weight", "logit_scale")]
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, leaves, torch.full_like(loss, 3.0))
+
+    expected = gradients(xent_ext.cross_entropy(**args))
+    losses = [xent_ext.cross_entropy(**args) for _ in range(4)]
+    assert [made_ahead(loss) is not None for loss in losses] == [False, True, False, False]
+    losses[1].grad_fn._raw_saved_tensors[losses[1].grad_fn.of_call[0].given].register_hooks(torch.clone, torch.clone)
+    for loss in losses:
+        torch.testing.assert_close(gradients(loss), expected)
 
 
 def test_losses_without_backward_do_not_slow_others_for_ever(fused, device, every_size):
@@ -671,7 +697,34 @@ def test_losses_without_backward_do_not_slow_others_for_ever(fused, device, ever
         loss.backward()
     assert not found[0]
     assert all(found[-3:])
-    assert all(made_ahead(loss) is not None for loss in kept)
+    for loss in kept:
+        other = xent_ext.cross_entropy(**args)
+        assert torch.equal(*(gradient(each, args["input"], torch.ones_like(loss)) for each in (loss, other)))
+
+
+@pytest.mark.parametrize("reductions", [("mean",), ("mean",) * 2, ("mean", "sum", "none"), ("mean",) * 3, ("sum",) * 8])
+def test_losses_of_a_graph_hold_no_more_than_pytorchs(cpu_blocks, monkeypatch, every_size, reductions):
+    """Two copies more than there are losses, in the first step and in the next."""
+    block = 1 << 14
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", block)
+    monkeypatch.setattr(memory, "_buffers", threading.local())
+    hidden, target = torch.randn(64, 8, requires_grad=True), torch.randint(512, (64,))
+    heads = [torch.randn(512, 8, requires_grad=True) for _ in reductions]
+    size = 64 * 512 * 4
+
+    def peak(cross_entropy):
+        def step():
+            losses = [
+                cross_entropy(hidden @ head.t(), target, reduction=reduction).mean()
+                for head, reduction in zip(heads, reductions, strict=True)
+            ]
+            torch.autograd.grad(sum(losses), [hidden, *heads])
+
+        return [machine.peak_memory(step, torch.device("cpu"))[1] for _ in range(3)]
+
+    for ours, theirs in zip(peak(xent_ext.cross_entropy), peak(F.cross_entropy), strict=True):
+        assert ours <= theirs + 4 * block
+        assert theirs >= (len(reductions) + 2) * size
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

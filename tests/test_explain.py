@@ -1,13 +1,15 @@
 """`explain` says, where it is shown, how a call runs, with the one reason that applies."""
 
 import doctest
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
-from xent_ext import backends
+from xent_ext import ahead, backends
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 INDICES = torch.zeros(3, dtype=torch.int64)
@@ -34,7 +36,7 @@ def test_it_is_shown_once(capsys):
     explanation = xent_ext.explain(torch.randn(3, 5), INDICES)
     assert not capsys.readouterr().out
     assert repr(explanation) == str(explanation)
-    assert str(explanation) == f"implementation  torch: {AS_FAST}"
+    assert str(explanation) == f"implementation  torch: {AS_FAST}\nheld            0 bytes: no gradient is wanted"
 
 
 def probabilities(**options):
@@ -66,3 +68,140 @@ def test_the_reason_in_a_compiled_graph():
 
     explained(torch.randn(3, 5))
     assert reasons == ["PyTorch's own is as fast for a compiled graph on a CPU"]
+
+
+# --- What is held until backward
+
+ROWS, CLASSES = 32, 500
+LOGITS = ROWS * CLASSES * 4
+BY_ROW = 64 * ROWS  # bytes, at most
+
+
+@pytest.fixture
+def every_size(monkeypatch):
+    """Gradients that wait for their backward are counted however small."""
+    monkeypatch.setattr(ahead, "LARGE", 0)
+    ahead.on_device.cache_clear()
+    yield
+    ahead.on_device.cache_clear()
+
+
+def new_call(**options):
+    logits = torch.randn(ROWS, CLASSES, requires_grad=True) * 1
+    return {"input": logits, "target": torch.randint(CLASSES, (ROWS,))} | options
+
+
+def bytes_of(tensors, args):
+    """Those of the storages of tensors, without those of the arguments but the logits."""
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor) and name != "input":
+            sizes.pop(value.untyped_storage()._cdata, None)
+    return sum(sizes.values())
+
+
+def really_held(args):
+    """By the graph of the loss, which is returned, too."""
+    loss = xent_ext.cross_entropy(**args)
+    if loss.grad_fn is None:
+        return loss, 0
+    _, _, _, overwritten, _ = loss.grad_fn.of_call
+    return loss, bytes_of((*loss.grad_fn.saved_tensors, overwritten), args)
+
+
+@pytest.fixture(params=["cpu_blocks", "triton_backend"])
+def calls(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(
+    ("options", "copies", "what"),
+    [
+        ({}, 2, "the logits and their gradient, made ahead"),
+        ({"label_smoothing": 0.1, "z_loss": 0.1}, 2, "the logits and their gradient, made ahead"),
+        ({"reduction": "none"}, 1, "the logits; .* upstream gradient of its own"),
+        ({"inplace": True}, 1, "the gradient, in the place of the logits"),
+    ],
+    ids=["mean", "options", "none", "in place"],
+)
+def test_held(calls, options, copies, what):
+    args = new_call(**options)
+    held = xent_ext.explain(**args).held
+    assert re.fullmatch(what, held.what)
+    assert held.bytes == copies * LOGITS
+    _, really = really_held(args)
+    assert held.bytes <= really <= held.bytes + BY_ROW
+    assert len(calls) == 1
+
+
+def test_held_without_a_gradient(calls):
+    args = new_call()
+    with torch.no_grad():
+        assert xent_ext.explain(**args).held == (0, "no gradient is wanted")
+        assert really_held(args)[1] == 0
+
+
+def test_held_where_the_logits_have_none(calls):
+    args = new_call(sample_weight=torch.rand(ROWS, requires_grad=True))
+    args["input"] = args["input"].detach()
+    assert xent_ext.explain(**args).held == (LOGITS, "the logits")
+    assert LOGITS <= really_held(args)[1] <= LOGITS + BY_ROW
+
+
+@pytest.mark.parametrize("hooks", [save_on_cpu, lambda: saved_tensors_hooks(lambda t: t, lambda t: t)])
+def test_held_under_hooks(calls, hooks):
+    args = new_call()
+    with hooks():
+        held = xent_ext.explain(**args).held
+        _, really = really_held(args)
+    assert held == (LOGITS, "the logits; their gradient is left to backward, as hooks on saved tensors are active")
+    assert LOGITS <= really <= LOGITS + BY_ROW
+
+
+def test_held_beside_other_losses(calls, every_size):
+    """To explain a call changes nothing for it, nor for others."""
+    args, losses = new_call(), []
+    for copies in (2, 2, 1, 1):
+        held = [xent_ext.explain(**args).held for _ in range(3)]
+        assert held == 3 * [held[0]]
+        assert held[0].bytes == copies * LOGITS
+        assert ("those of other losses wait" in held[0].what) == (copies == 1)
+        loss, really = really_held(args)
+        assert held[0].bytes <= really <= held[0].bytes + BY_ROW
+        losses.append(loss)
+
+
+def saved_by_operators(args):
+    saved = []
+    with saved_tensors_hooks(saved.append, lambda _: None):
+        xent_ext.cross_entropy(**args)
+    return bytes_of(saved, args | {"logits": args["input"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [20, CLASSES])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_held_by_pytorchs_own(monkeypatch, backend, dtype, classes, probabilities, options):
+    """What its operators save, in the dtype that they have on a CPU."""
+    monkeypatch.setattr(backends, "BACKEND", backend)
+    logits = torch.randn(ROWS, classes, dtype=dtype, requires_grad=True)
+    target = torch.rand(ROWS, classes).to(dtype) if probabilities else torch.randint(classes, (ROWS,))
+    args = {"input": logits, "target": target, **options}
+    explanation = xent_ext.explain(**args)
+    assert explanation.implementation == "torch"
+    assert explanation.held.bytes >= logits.nbytes
+    assert abs(explanation.held.bytes - saved_by_operators(args)) <= BY_ROW
+
+
+def test_held_by_the_plain_formula():
+    args = new_call(target=torch.rand(ROWS, CLASSES, requires_grad=True), softcap=2.0, logit_scale=torch.tensor(2.0))
+    explanation = xent_ext.explain(**args)
+    assert explanation.implementation == "plain"
+    assert explanation.held.bytes >= 2 * LOGITS
+    assert abs(explanation.held.bytes - saved_by_operators(args)) <= BY_ROW
+
+
+def test_held_by_what_nobody_can_ask_beforehand():
+    assert torch.func.vmap(lambda x: x + (xent_ext.explain(x, INDICES).held.bytes is None))(torch.zeros(2, 3, 5)).all()

@@ -185,8 +185,22 @@ class Mask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if not all(issubclass(cls, type_) for type_ in types):
+            return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
+
+
+class Described(torch.Tensor):
+    """As MONAI's: results are of it, too, and take over what it says of itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(found, cls):
+            given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, cls)]
+            found.about = [getattr(each, "about", None) for each in given]
+        return found
 
 
 class Silent(torch.Tensor):
@@ -195,7 +209,10 @@ class Silent(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-subclasses = pytest.mark.parametrize("subclass", [Labelled, Mask, Silent])
+subclasses = pytest.mark.parametrize("subclass", [Labelled, Mask, Described, Silent])
+any_of_them = pytest.mark.parametrize(
+    "names", [("input",), ("target",), ("weight",), ("input", "target", "weight")], ids="-".join
+)
 
 
 def plain(tensor):
@@ -203,23 +220,32 @@ def plain(tensor):
         return tensor.detach().as_subclass(torch.Tensor)
 
 
+def outcome(cross_entropy, subclass, names, reduction):
+    """The loss and the gradient of `problem`, where the arguments of these names are of a subclass."""
+    args = {name: tensor.detach() for name, tensor in problem().items()}
+    for name in names:
+        args[name] = args[name].as_subclass(subclass)
+        args[name].about = name
+    args["input"].requires_grad_()
+    loss = cross_entropy(**args, reduction=reduction)
+    loss.sum().backward()
+    return loss, args["input"].grad
+
+
+def assert_alike(ours, theirs):
+    assert type(ours) is type(theirs)
+    assert getattr(ours, "about", None) == getattr(theirs, "about", None)
+    torch.testing.assert_close(plain(ours), plain(theirs))
+
+
 @subclasses
-@pytest.mark.parametrize("names", [("input",), ("target",), ("weight",), ("input", "target", "weight")], ids="-".join)
+@any_of_them
 @all_reductions
 def test_subclasses(calls, subclass, names, reduction):
     """The result is what PyTorch's own is, type and all."""
-
-    def outcome(cross_entropy):
-        args = {name: tensor.detach() for name, tensor in problem().items()}
-        args |= {name: args[name].as_subclass(subclass) for name in names}
-        args["input"].requires_grad_()
-        loss = cross_entropy(**args, reduction=reduction)
-        loss.sum().backward()
-        return loss, args["input"].grad
-
-    for ours, theirs in zip(outcome(xent_ext.cross_entropy), outcome(F.cross_entropy), strict=True):
-        assert type(ours) is type(theirs)
-        torch.testing.assert_close(plain(ours), plain(theirs))
+    case = subclass, names, reduction
+    for pair in zip(outcome(xent_ext.cross_entropy, *case), outcome(F.cross_entropy, *case), strict=True):
+        assert_alike(*pair)
     assert len(calls) == 1
 
 
@@ -257,12 +283,123 @@ def test_in_place_on_another_view_of_a_leaf(calls, make):
     assert torch.equal(leaf, before)
 
 
-def test_installed_for_subclasses(calls):
-    """Those that have no `__torch_function__` of their own, and so no table of functions, are reached."""
-    args = {name: tensor.detach().as_subclass(Labelled) for name, tensor in problem().items()}
-    expected = F.cross_entropy(**args)
+class Viewed(torch.autograd.Function):
+    """Returns views of what it is given, in so many pieces."""
+
+    @staticmethod
+    def forward(ctx, input, pieces):
+        views = tuple(view.view_as(view) for view in input.tensor_split(pieces))
+        return views if pieces > 1 else views[0]
+
+
+def computed(*shape):
+    return torch.randn(shape, requires_grad=True) * 1
+
+
+def rows_in(mode, whole):
+    with mode():
+        return whole[:3]
+
+
+def plain_leaf():
+    return torch.randn(4, 5)[:3].requires_grad_()
+
+
+def now_of_a_leaf():
+    data = torch.randn(4, 5)
+    view = data[:3]
+    data.requires_grad_()
+    return view
+
+
+# Logits that autograd lets nobody change, by what PyTorch's message has to say of them and ours has, too.
+REFUSED = {
+    "leaf": ("leaf", lambda: torch.randn(3, 5, requires_grad=True)),
+    "view of a leaf": ("leaf", lambda: torch.randn(4, 5, requires_grad=True)[:3]),
+    "leaf that is a view of data": ("leaf", plain_leaf),
+    "view of a leaf that is a view of data": ("leaf", lambda: plain_leaf()[:]),
+    "the same in other strides": ("leaf", lambda: plain_leaf().as_strided((3, 5), (5, 1))),
+    "view of another view of the leaf's data": ("leaf", now_of_a_leaf),
+    "view of what was detached": ("leaf", lambda: computed(4, 5).detach()[:3].requires_grad_()[:]),
+    "no_grad": ("no_grad", lambda: rows_in(torch.no_grad, computed(4, 5))),
+    "no_grad, of data": ("no_grad", lambda: rows_in(torch.no_grad, torch.randn(4, 5)).requires_grad_()),
+    "view of one in no_grad": ("no_grad", lambda: rows_in(torch.no_grad, computed(4, 5))[:]),
+    "inference mode": ("inference mode", lambda: rows_in(torch.inference_mode, computed(4, 5))),
+    "unbind": ("a view", lambda: computed(2, 3, 5).unbind(0)[0]),
+    "chunk": ("a view", lambda: computed(6, 5).chunk(2)[0]),
+    "view of a split": ("a view", lambda: computed(6, 5).split(3)[0][:]),
+    "custom function": ("custom", lambda: Viewed.apply(computed(3, 5), 1)),
+    "pieces of a custom function": ("a view", lambda: Viewed.apply(computed(6, 5), 2)[0]),
+    "expanded": ("memory", lambda: computed(1, 5).expand(3, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_in_place_refuses_before_anything_is_written(calls, kind):
+    """With the type that a change by PyTorch has, and the same reason."""
+    reason, make_logits = REFUSED[kind]
+    logits = make_logits()
+    memory = logits.untyped_storage().clone()
+    with pytest.raises(RuntimeError, match=reason):
+        logits.mul_(2)
+    with pytest.raises(RuntimeError, match=f"inplace=True .*{reason}"):
+        xent_ext.cross_entropy(logits, torch.arange(3), inplace=True)
+    assert logits.untyped_storage().tolist() == memory.tolist()
+    assert not calls
+
+
+# What PyTorch lets change, and is changed.
+ALLOWED = {
+    "view": lambda: computed(4, 5)[:3],
+    "view that was written to": lambda: torch.randn(4, 5)[:3].copy_(torch.randn(3, 5, requires_grad=True)),
+    "pieces without views": lambda: computed(6, 5).unsafe_chunk(2)[0],
+    "part of complex numbers": lambda: torch.view_as_real(torch.complex(computed(3, 5), computed(3, 5)))[..., 1],
+}
+
+
+@pytest.mark.parametrize("kind", ALLOWED)
+def test_in_place_takes_what_pytorch_lets_change(calls, kind):
+    ALLOWED[kind]().mul_(2)
+    logits = ALLOWED[kind]()
+    before = logits.detach().clone()
+    xent_ext.cross_entropy(logits, torch.arange(3), inplace=True).backward()
+    assert not torch.equal(logits, before)
+    assert calls
+
+
+@pytest.mark.parametrize("hooked", ["logits", "view", "view between", "base"])
+def test_in_place_with_a_hook_on_the_logits(calls, hooked):
+    """It gets the gradient, and what it gives in its place goes on."""
+    leaf, seen = torch.randn(4, 5, requires_grad=True), []
+
+    def gradient(cross_entropy):
+        base = leaf * 1
+        view = base[:3]
+        logits = {"logits": view * 1, "view": view, "view between": view[:], "base": view}[hooked]
+        {"logits": logits, "view": view, "view between": view, "base": base}[hooked].register_hook(
+            lambda gradient: seen.append(gradient.clone()) or 2 * gradient
+        )
+        return torch.autograd.grad(cross_entropy(logits, torch.arange(3)), leaf)[0]
+
+    expected = gradient(F.cross_entropy)
+    found = gradient(lambda *args: xent_ext.cross_entropy(*args, inplace=True))
+    torch.testing.assert_close((found, seen[1]), (expected, seen[0]))
+    assert calls
+
+
+@subclasses
+@any_of_them
+@all_reductions
+def test_installed_for_subclasses(calls, subclass, names, reduction):
+    """Those without a `__torch_function__` of their own are reached: others may know PyTorch's function only."""
+    case = subclass, names, reduction
+
+    def by_its_name(*args, **options):
+        return F.cross_entropy(*args, **options)
+
+    expected = outcome(by_its_name, *case)
     with xent_ext.installed():
-        loss = F.cross_entropy(**args)
-    assert type(loss) is Labelled
-    torch.testing.assert_close(plain(loss), plain(expected))
-    assert len(calls) == 1
+        found = outcome(by_its_name, *case)
+    for pair in zip(found, expected, strict=True):
+        assert_alike(*pair)
+    assert len(calls) == (subclass in (Labelled, Silent))

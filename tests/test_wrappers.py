@@ -18,7 +18,8 @@ from test_options import call, flat, shifted_call
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
-from xent_ext import backends, cpu, dispatch
+from bench import machine
+from xent_ext import ahead, backends, cpu, dispatch, memory
 
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 distributed = pytest.mark.skipif(
@@ -97,6 +98,79 @@ def fully_sharded(rank):
     for layer in (*model, model):
         fully_shard(layer, mesh=mesh)
     return {name: value.full_tensor() for name, value in fused_step(model, rank).items()}
+
+
+class Head(torch.nn.Module):
+    """The last layer, with its loss."""
+
+    def __init__(self, cross_entropy):
+        super().__init__()
+        self.linear, self.cross_entropy = torch.nn.Linear(8, CLASSES), cross_entropy
+
+    def forward(self, hidden, target):
+        return self.cross_entropy(self.linear(hidden), target)
+
+
+ROWS, CLASSES, CHUNKS, BLOCK = 256, 512, 4, 1 << 14
+
+
+def peaks(wrap, hooks=contextlib.nullcontext):
+    """The most bytes that two steps of a loss by chunks of rows hold: with this package's loss, and with PyTorch's."""
+    found = []
+    for cross_entropy in (xent_ext.cross_entropy, F.cross_entropy):
+        torch.manual_seed(0)
+        head = wrap(Head(cross_entropy))
+        hidden, target = torch.randn(ROWS, 8, requires_grad=True), torch.randint(CLASSES, (ROWS,))
+
+        def step(head=head, hidden=hidden, target=target):
+            for _ in range(2):
+                with hooks():
+                    chunks = zip(hidden.chunk(CHUNKS), target.chunk(CHUNKS), strict=True)
+                    loss = sum(head(*chunk) for chunk in chunks) / CHUNKS
+                loss.backward()
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(cpu, "BLOCK_BYTES", BLOCK)
+            monkeypatch.setattr(memory, "_buffers", threading.local())
+            monkeypatch.setattr(ahead, "LARGE", 0)
+            dispatch.forget()
+            found.append(machine.peak_memory(step, torch.device("cpu"))[1])
+    return found
+
+
+def assert_no_higher(peaks):
+    ours, theirs = peaks
+    assert ours <= theirs + 4 * BLOCK
+    assert theirs >= 2 * ROWS * CLASSES * 4 / CHUNKS
+
+
+def fully_sharded_peaks(rank):
+    """Of the last layer alone, in a checkpoint, and under hooks."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
+    return {
+        "alone": peaks(lambda head: fully_shard(head, mesh=mesh)),
+        "checkpoint": peaks(lambda head: fully_shard(checkpointed(head), mesh=mesh)),
+        "offloaded by hooks": peaks(lambda head: fully_shard(head, mesh=mesh), Offloaded),
+    }
+
+
+class Offloaded(saved_tensors_hooks):
+    """As torchtune and TRL offload activations: what is large is copied away, and back where backward asks for it."""
+
+    def __init__(self):
+        self.kept = {}
+        super().__init__(self.pack, self.unpack)
+
+    def pack(self, tensor):
+        key = len(self.kept)
+        is_small = isinstance(tensor, torch.nn.Parameter) or tensor.nbytes < 1024
+        self.kept[key] = tensor if is_small else tensor.detach().clone()
+        return key
+
+    def unpack(self, key):
+        return self.kept.pop(key).clone()
 
 
 def cases():
@@ -225,6 +299,7 @@ needs_recent = pytest.mark.skipif(not backends.RECENT, reason="DTensor logits ne
 WORK = {
     "DDP": data_parallel,
     "FSDP": fully_sharded,
+    "FSDP, peaks": fully_sharded_peaks,
     **({"DTensor": distributed_tensors} if backends.RECENT else {}),
     **({} if TORCH < (2, 13) else {"DTensor, compiled": compiled_distributed_tensors}),
     "DTensor, classes": sharded_classes,
@@ -300,7 +375,44 @@ def test_distributed_tensors_of_older_pytorch(found):
     assert re.match("NotImplementedError: DTensor logits need PyTorch 2.12", found["DTensor, errors"]["weights"])
 
 
+@distributed
+@pytest.mark.parametrize("name", ["alone", "checkpoint", "offloaded by hooks"])
+def test_fully_sharded_peaks_are_no_higher_than_pytorchs(found, name):
+    assert_no_higher(found["FSDP, peaks"][name])
+
+
 # --- In one process
+
+
+def checkpointed(head, implementation="NO_REENTRANT"):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    return checkpoint_wrapper(head, checkpoint_impl=CheckpointImpl[implementation])
+
+
+def offloaded(head):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import offload_wrapper
+
+    return offload_wrapper(head)
+
+
+WRAPPERS = {
+    "alone": [lambda head: head],
+    "save_on_cpu": [lambda head: head, save_on_cpu],
+    "offloaded by hooks": [lambda head: head, Offloaded],
+    "checkpoint": [checkpointed],
+    "reentrant checkpoint": [lambda head: checkpointed(head, "REENTRANT")],
+    "offload_wrapper": [offloaded],
+    "offloaded checkpoint": [lambda head: offloaded(checkpointed(head))],
+    "checkpoint under hooks": [checkpointed, Offloaded],
+}
+
+
+@distributed
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_peaks_are_no_higher_than_pytorchs(cpu_blocks, name):
+    assert_no_higher(peaks(*WRAPPERS[name]))
+    assert cpu_blocks
 
 
 @all_reductions

@@ -23,6 +23,7 @@ the upstream gradient over the one that was expected, and hands it out once.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch._C._autograd import _top_saved_tensors_default_hooks
@@ -43,6 +44,13 @@ from .gradients import (
 from .problem import Kept, Tensors, Wanted
 
 
+class Held(NamedTuple):
+    """What a call holds from its forward to its backward, besides its other arguments and a few numbers by row."""
+
+    bytes: int | None  # None where nobody can tell beforehand
+    what: str
+
+
 class Loss:
     """All losses that are alike but for the values in their tensors: what they have besides these."""
 
@@ -55,8 +63,8 @@ class Loss:
         self.given = max(place for place, tensor in enumerate(tensors) if tensor is not None) + 1
         self.setup = implementation.setup_for(problem, tensors, wanted(needed) if self.recorded else Wanted())
         self.expectation = shared_expectation(problem, tensors.input.device)  # of calls without a module
-        self.may_be_ahead = self.recorded and problem.reduction != "none"
-        self.ahead = ahead_on(tensors.input)
+        self.per_row = problem.reduction == "none"
+        self.ahead = ahead_on(tensors.input) if self.setup.wanted.gradient else None
         self.only_input = not (needed.sample_weight or needed.logit_scale)
         self.no_gradients = (None,) * (2 + self.given)
 
@@ -76,6 +84,30 @@ class Loss:
             loss.grad_fn.version = tensors[0]._version
         return loss, stats
 
+    def why_later(self):
+        """Why the gradient is left to backward; None if it is made ahead, as it is where nothing speaks against it."""
+        if self.per_row:
+            return "each row has an upstream gradient of its own"
+        if self.ahead is not None and not self.ahead.has_room():
+            return "those of other losses wait for their backward"
+        # Hooks copy what is saved elsewhere, or throw it away: nothing of the logits' size is made for them.
+        if _top_saved_tensors_default_hooks(False) is not None:
+            return "hooks on saved tensors are active"
+        return None
+
+    def held(self, logits):
+        """`Held`, as things are now."""
+        size = logits.numel() * logits.element_size()
+        if not self.recorded:
+            return Held(0, "no gradient is wanted")
+        if self.problem.inplace:
+            return Held(size, "the gradient, in the place of the logits")
+        if not self.setup.wanted.gradient:
+            return Held(size, "the logits")
+        if reason := self.why_later():
+            return Held(size, f"the logits; their gradient is left to backward, as {reason}")
+        return Held(2 * size, "the logits and their gradient, made ahead")
+
 
 class CrossEntropy(torch.autograd.Function):
     """Cross entropy whose gradient with respect to the input was made during the forward pass.
@@ -90,20 +122,15 @@ class CrossEntropy(torch.autograd.Function):
         expected = None
         if problem.inplace:
             expected = divisor(expectation.get(tensors[0], problem))
-        elif (
-            call.may_be_ahead
-            and (call.ahead is None or call.ahead.has_room())
-            # Hooks copy what is saved elsewhere, or throw it away: nothing of the logits' size is made for them.
-            and _top_saved_tensors_default_hooks(False) is None
-        ):
+        elif call.why_later() is None:
             expected = expectation.get(tensors[0], problem)
         loss, stats, kept = setup.forward(tensors, expected)
         overwritten = None
         if problem.inplace:  # the gradient has the memory of the logits, and their version
             overwritten, kept = kept.gradient, kept._replace(gradient=None)
             tensors = None, *tensors[1:]
-        elif call.ahead is not None and kept.gradient is not None:
-            call.ahead.made(kept.gradient)
+        elif call.ahead is not None:
+            call.ahead.note(kept.gradient)
         ctx.save_for_backward(*tensors, *kept[: setup.keeps])
         ctx.of_call = call, expectation, expected, overwritten, place_of(tensors[0])
         ctx.set_materialize_grads(False)
@@ -133,8 +160,8 @@ class CrossEntropy(torch.autograd.Function):
         if stats or loss.is_neg() or loss._is_zerotensor():
             upstream = resolved(upstream)
         gradient, *others = saved[call.given :]
-        if call.ahead is not None:
-            call.ahead.went_back(gradient)
+        if call.ahead is not None and not call.ahead.took(gradient):
+            gradient = None
         if expected is None:  # it went to autograd already
             gradient = None
         elif gradient is not None:  # whoever gets it may change it, which says nothing of what is saved

@@ -425,13 +425,14 @@ def _check_sample_weight(sample_weight, seen, target):
 
 
 def _check_inplace(input):
-    if any(each.is_leaf and each.requires_grad for each in (input, input._base) if each is not None):
+    """Raise what autograd would once the logits are overwritten."""
+    if input._is_view() and (origin := _origin_of_view(input)):
+        raise RuntimeError(f"inplace=True can't overwrite a view that was made {origin}")
+    if any(tensor is not None and tensor.is_leaf for tensor in (input, input._base)):  # a leaf may be a view of data
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad: input must be a computed tensor")
     if any(tensor is not None and tensor.retains_grad for tensor in (input, input._base)):
         # Autograd would wait for the gradient of the new values. A hook in its place crashes where the input is a view.
         raise RuntimeError("inplace=True leaves no gradient for retain_grad() of input, or of what it is a view of")
-    if input._is_view() and (origin := _origin_of_view(input)):
-        raise RuntimeError(f"inplace=True can't overwrite a view that was made {origin}")
     end = 1  # beyond the last element that the dimensions so far reach
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride < end:

@@ -1,12 +1,16 @@
 """Why a call runs as it does: `xent_ext.explain`."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
-from . import backends, dispatch, linear, linear_call
+from . import autograd, backends, dispatch, linear, linear_call, reference
+from .autograd import Held
 from .call import Arguments, Options, prepare
 from .linear_call import LinearArguments
 from .plan import Traffic
@@ -16,12 +20,15 @@ from .plan import Traffic
 class Explanation:
     """What `explain` returns, in words where it is shown or printed.
 
-    The traffic is None where PyTorch's own or the plain formula takes the call.
+    The traffic is None where PyTorch's own or the plain formula takes the call. What is held from forward to backward
+    is said as things are now, with the hooks that are active and the gradients that wait, and for an upstream gradient
+    that is foreseen; it is None in a graph, and for the layer with its loss.
     """
 
     implementation: str  # "triton", "cpu", "torch" or "plain"
     reason: str
     traffic: Traffic | None = None
+    held: Held | None = None
 
     def __repr__(self) -> str:
         lines = [f"implementation  {self.implementation}: {self.reason}"]
@@ -33,6 +40,9 @@ class Explanation:
                 f"bytes           {t.bytes_read:,} read, {t.bytes_written:,} written",
                 f"memory          {t.memory:,} bytes, the gradient included",
             ]
+        if self.held:
+            count = "" if self.held.bytes is None else f"{self.held.bytes:,} bytes: "
+            lines.append(f"held            {count}{self.held.what}")
         return "\n".join(lines)
 
 
@@ -68,7 +78,51 @@ def explain(
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad
         traffic = backends.implementation(name).traffic(problem, tensors, want_gradient)
-    return Explanation(name, reason, traffic)
+    held = None if torch.compiler.is_compiling() else held_by(name, problem, tensors)
+    return Explanation(name, reason, traffic, held)
+
+
+def held_by(name, problem, tensors):
+    """`Held`, by who takes the call."""
+    if name in ("triton", "cpu"):
+        return autograd.Loss(backends.implementation(name), problem, tensors).held(tensors.input)
+    return held_by_operators(name, problem, tensors)
+
+
+def held_by_operators(name, problem, tensors):
+    """`Held` where autograd records PyTorch's operators: what these save, for tensors without data."""
+    what = {"torch": "what PyTorch's own saves", "plain": "what the plain formula saves"}[name]
+    if dispatch.unsupported_here() or not all(t is None or is_plain(t) for t in tensors):
+        return Held(None, what)
+    saved = []
+    with FakeTensorMode(), saved_tensors_hooks(saved.append, lambda _: None):
+        given = tensors._make([None if t is None else without_data(t) for t in tensors])
+        run(name, problem, given)
+    if not saved:
+        return Held(0, "no gradient is wanted")
+    arguments = [storage_of(t) for t in given if t is not None]
+    sizes = {storage_of(t): t.untyped_storage().nbytes() for t in saved}
+    return Held(sum(size for storage, size in sizes.items() if storage not in arguments), what)
+
+
+def is_plain(t):
+    return type(t) in dispatch.PLAIN and t.layout is torch.strided
+
+
+def storage_of(t):
+    return t.untyped_storage()._cdata
+
+
+def without_data(t):
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+
+
+def run(name, problem, tensors):
+    """A call by PyTorch's operators, but for its reduction, which may ask for values on the host."""
+    if name == "plain":
+        return reference.compute(dataclasses.replace(problem, reduction="none"), tensors)
+    function = dispatch.small if dispatch.is_small(*tensors[:2], problem.reduction) else dispatch.pytorch
+    return function(Arguments(*tensors[:3], None, problem.ignore_index, None, "none", problem.label_smoothing))
 
 
 def explain_linear(

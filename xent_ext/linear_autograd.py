@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 
 from . import linear, ops, reference
-from .ahead import ahead_on
+from .ahead import MOST_AHEAD, ahead_on
 from .autograd import divisor
 from .expectation import Expectation, expectation_of, first_expected
 from .gradients import by_formula, flat, must_be_plain, resolved, sample_weight_gradient, upstream_of
@@ -54,12 +54,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, expectation, *given):
         tensors, layer = Tensors(*given[:TENSORS]), Layer(*given[TENSORS:])
-        ahead, expected = ahead_on(layer.weight if call.needed.weight else tensors.input), None
+        # None is let go of: to make it anew takes all products, and it is smaller than the logits that nobody holds.
+        ahead = ahead_on(layer.weight if call.needed.weight else tensors.input, beside=MOST_AHEAD)
+        expected = None
         if is_ahead(call, tensors, expectation) and (ahead is None or ahead.has_room()):
             expected = divisor(expectation.get(tensors.input, call.problem))
         loss, stats, made = linear.forward(call, tensors, layer, expected)
-        if ahead is not None and made.gradients.weight is not None:
-            ahead.made(made.gradients.weight)
+        if ahead is not None:
+            ahead.note(made.gradients.weight)
         ctx.save_for_backward(*given, made.losses, *made.gradients)
         ctx.of_call = call, expectation, expected, ahead
         ctx.set_materialize_grads(False)
@@ -73,7 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         tensors, layer = Tensors(*saved[:TENSORS]), Layer(*saved[TENSORS:GIVEN])
         made = Made(Gradients(*saved[GIVEN + 1 :]), saved[GIVEN])
         if ahead is not None:
-            ahead.went_back(made.gradients.weight)
+            ahead.took(made.gradients.weight)
         traced = torch.compiler.is_compiling()
         found = gradients(call, tensors, layer, made, upstream, expected, traced)
         if loss is not None and not (traced or must_be_plain(upstream)):
