@@ -214,11 +214,11 @@ def back(axis, *arrays):
 
 def made_ahead(loss):
     """The gradient that the forward pass made."""
-    call, *_ = loss.grad_fn.of_call
-    return loss.grad_fn.saved_tensors[call.given]
+    _, _, (_, gradient), *_ = loss.grad_fn.of_call
+    return gradient
 
 
 def expectation_of(loss):
     """The upstream gradient that it was made for."""
-    _, _, (upstream, _), *_ = loss.grad_fn.of_call
-    return upstream
+    _, _, (expected, _), *_ = loss.grad_fn.of_call
+    return expected[0]

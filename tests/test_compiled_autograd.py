@@ -1,7 +1,10 @@
 """Compiled autograd over losses that were made outside graphs: its graph has our operators, and no break."""
 
+import weakref
+
 import pytest
 import torch
+from parity import made_ahead
 from test_options import call, flat, shifted_call
 from torch._dynamo import compiled_autograd
 
@@ -77,6 +80,16 @@ def test_inductor(calls, name):
 def test_a_compiled_loss(calls):
     """Whose forward pass is in another graph than its backward."""
     agree(CASES["statistics"], torch.compile(xent_ext.cross_entropy, backend="eager", fullgraph=True))
+
+
+def test_frees_what_was_made_ahead(calls):
+    """Its graph makes the gradient anew."""
+    args = CASES["mean"]
+    loss = xent_ext.cross_entropy(**args)
+    gradient = weakref.ref(made_ahead(loss))
+    found = gradients_of_compiled_autograd(loss, args)
+    assert gradient() is None
+    assert found["input"] is not None
 
 
 def test_as_a_setting(calls):

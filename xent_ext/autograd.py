@@ -12,8 +12,9 @@ one that the last backward saw, at first 1; and for none of the statistics. That
 from the second step on for `(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward
 compares, and makes the gradient again where it was wrong.
 
-`tensors` are the first of `Tensors`, up to the last that is given. `kept` in backward is forward's, but without the
-`gradient` that went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
+`tensors` are the first of `Tensors`, up to the last that is given; and what forward makes for backward, `kept`, are the
+first of `Kept`, up to the last that there can be. Backward is given `Kept`, but without the `gradient` that went to
+autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
 
 The gradients with respect to `sample_weight` and `logit_scale` are sums over rows, taken here: of the row losses, and
 of the slopes.
@@ -58,7 +59,7 @@ class Loss:
         self.may_be_ahead = self.recorded and problem.reduction != "none"
         self.ahead = ahead_on(tensors.input)
         self.only_input = not (needed.sample_weight or needed.logit_scale)
-        self.no_gradients = (None,) * (2 + self.given)
+        self.no_gradients, self.no_others = (None,) * (2 + self.given), (None,) * (self.given - 1)
 
     def __call__(self, owner, tensors):
         """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it.
@@ -98,14 +99,14 @@ class CrossEntropy(torch.autograd.Function):
         ):
             expected = expectation.get(tensors[0], problem)
         loss, stats, kept = setup.forward(tensors, expected)
-        overwritten = None
+        gradient = kept[0]
         if problem.inplace:  # the gradient has the memory of the logits, and their version
-            overwritten, kept = kept.gradient, kept._replace(gradient=None)
             tensors = None, *tensors[1:]
-        elif call.ahead is not None and kept.gradient is not None:
-            call.ahead.made(kept.gradient)
-        ctx.save_for_backward(*tensors, *kept[: setup.keeps])
-        ctx.of_call = call, expectation, expected, overwritten, place_of(tensors[0])
+        elif call.ahead is not None and gradient is not None:
+            call.ahead.made(gradient)
+        ctx.save_for_backward(*tensors, *kept[1:])
+        # The gradient is not saved: whoever gets it may change it, which says nothing of what is.
+        ctx.of_call = call, expectation, [expected, gradient], place_of(tensors[0])
         ctx.set_materialize_grads(False)
         if not stats:
             return loss
@@ -114,7 +115,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss, *stats):
-        call, expectation, expected, overwritten, where = ctx.of_call
+        call, expectation, made, where = ctx.of_call
+        expected, gradient = made
         problem, setup = call.problem, call.setup
         upstream = upstream_of(problem, loss, stats)
         if loss is None and not upstream.has_stats():
@@ -125,22 +127,17 @@ class CrossEntropy(torch.autograd.Function):
         tensors = saved[: call.given]
         plain = must_be_plain(upstream)
         if problem.inplace:
-            refuse(plain, upstream, overwritten)
-            check_version(overwritten, ctx.version)
+            refuse(plain, upstream, gradient)
+            check_version(gradient, ctx.version)
         if plain:
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
         if stats or loss.is_neg() or loss._is_zerotensor():
             upstream = resolved(upstream)
-        gradient, *others = saved[call.given :]
         if call.ahead is not None:
             call.ahead.went_back(gradient)
-        if expected is None:  # it went to autograd already
-            gradient = None
-        elif gradient is not None:  # whoever gets it may change it, which says nothing of what is saved
-            gradient = gradient.data
-        kept = Kept(overwritten if gradient is None else gradient, *others)
-        ctx.of_call = call, expectation, None, None, where
+        made[:] = None, None
+        kept = Kept(gradient, *saved[call.given :])
         if place_of(tensors[0]) != where:
             tensors = resolved(Tensors(*tensors))
             setup, kept = refitted(call, tensors, kept, expected)
@@ -150,7 +147,7 @@ class CrossEntropy(torch.autograd.Function):
             if seen is not None:
                 expectation.note(seen, gradient, problem)
         if call.only_input:
-            return None, None, gradient, *call.no_gradients[3:]
+            return None, None, gradient, *call.no_others
         needed = Tensors(*ctx.needs_input_grad[2:])
         found = gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)
         return None, None, *found[: call.given]
@@ -166,6 +163,7 @@ def refitted(call, tensors, kept, expected):
     setup = call.implementation.setup_for(call.problem, tensors, call.setup.wanted)
     if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
         _, _, kept = setup.forward(tensors, expected)
+        kept = Kept(*kept)
     return setup, kept
 
 
@@ -188,10 +186,12 @@ def gradients(problem, tensors, needed, gradient, slope, losses, upstream):
 
 def gradients_in_graph(ctx, upstream):
     """The gradients of the tensors given, as compiled autograd has them in its graph: made anew (see `ops`)."""
-    call, _, expected, overwritten, _ = ctx.of_call
+    call, _, made, _ = ctx.of_call
+    expected, overwritten = made
     problem, needed = call.problem, Tensors(*ctx.needs_input_grad[2:])
-    tensors, kept = ctx.saved_tensors[: call.given], Kept(None, *ctx.saved_tensors[call.given + 1 :])
+    tensors, kept = ctx.saved_tensors[: call.given], Kept(None, *ctx.saved_tensors[call.given :])
     if not problem.inplace:
+        made[:] = None, None  # frees what was made ahead
         return ops.gradients(ops.arguments(problem, Tensors(*tensors)), needed, upstream)[: call.given]
     refuse(False, upstream, overwritten)
     factor = upstream.loss.to(expected.dtype) / expected[0]
