@@ -6,7 +6,7 @@ import torch
 
 from ..layout import batch_shape, class_axis, gradient_memory, visible
 from ..plan import Traffic
-from ..problem import NUMBERS, Kept, Problem, Tensors, Upstream, number
+from ..problem import NUMBERS, Problem, Tensors, Upstream, number
 from .device import constant
 from .launches import Launches
 
@@ -14,8 +14,10 @@ FLOATING_STATS = ("logprob", "lse", "entropy", "max_prob")
 
 # What kernels are given (see arguments.py), as tuples without names, which take less time to make.
 NO_OPTIONS = None, (None, None), None  # smoothing, `Transform`, z-loss
+NO_WEIGHTS = (None,) * 2
 NO_RESULTS = (None,) * 7
-NO_GRADIENT = None, None, Upstream(), None, None, None
+NO_STATS = (None,) * 6  # of `Results`: all but the losses
+NO_GRADIENT = None, None, (None,) * 4, None, None, None
 
 
 class Setup:
@@ -41,7 +43,8 @@ class Setup:
         # Whether the forward pass leaves a summary of each row: split rows have their loss from it, too.
         self.summarised = self.plan.splits > 1 or (wanted.gradient and self.plan.schedule != "resident")
         # How many of `Kept`'s first fields there can be.
-        self.keeps = 5 if self.summarised else 4 if launches.count or signatures[4] else 3
+        can_be = True, wanted.slope, wanted.losses, launches.count or signatures[4], self.summarised
+        self.keeps = max(place for place, there in enumerate(can_be, 1) if there)
         self.only_loss = not (problem.stats or wanted.losses)
         # One number for each row or tile, or the loss itself. (`empty_like` is the quickest way to memory.)
         shape = self.batch if self.per_row else () if launches.whole else (self.plan.programs,)
@@ -53,7 +56,7 @@ class Setup:
 
     def given(self, tensors):
         """`Given`: a call's tensors, copied where no kernel could read them as they are."""
-        input, target, weight, sample_weight, *_ = *tensors, None, None
+        input, target, weight, sample_weight = (tensors + NO_WEIGHTS)[:4]
         if not self.reads_all:
             input, target, weight, sample_weight = self.readable(tensors)
         smoothing, transform, z_loss = self.options(tensors) if self.has_options else NO_OPTIONS
@@ -111,7 +114,7 @@ class Setup:
         """`Results`"""
         losses = torch.empty_like(self.like_losses)
         if self.only_loss:
-            return losses, *NO_RESULTS[1:]
+            return losses, *NO_STATS
         stats = self.problem.stats
         predicts = "predicted" in stats or "correct" in stats
         return (
@@ -139,8 +142,7 @@ class Setup:
             walk, ends = launches.walk_with_gradient, launches.ends_with_gradient
             memory = self.new_gradient(tensors, given)
             slope = self.new_slope() if self.wanted.slope else None
-            upstream = Upstream(expected)
-            gradient = self.view(memory), slope, upstream, normalizer, expected, None
+            gradient = self.view(memory), slope, (expected, None, None, None), normalizer, expected, None
         elif launches.whole:  # one program divides by it
             gradient = *NO_GRADIENT[:3], normalizer, None, None
         results = self.new_results()
@@ -156,7 +158,7 @@ class Setup:
         if not (self.per_row or launches.whole):
             loss = self.total(loss, given, normalizer)
         stats = self.statistics(tensors[1], *results[2:]) if self.problem.stats else ()
-        return loss, stats, Kept(memory, slope, results[1], normalizer, summary)
+        return loss, stats, (memory, slope, results[1], normalizer, summary)[: self.keeps]
 
     def backward(self, tensors, kept, upstream, expected):
         """The gradient for `upstream`, the slopes that belong to it, and what to expect the next time.

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import xent_ext
 from bench import machine
 from xent_ext import ahead, backends, cpu, dispatch, expectation, memory
-from xent_ext.problem import Tensors, Upstream, Wanted
+from xent_ext.problem import Kept, Tensors, Upstream, Wanted
 
 both_targets = pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 all_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -87,7 +87,7 @@ def test_any_factor_gives_the_bits_of_a_direct_computation(fused, device, dtype,
         with torch.no_grad():
             setup = implementation.setup_for(fused[0], tensors, wanted)
             _, _, kept = setup.forward(tensors, None)
-            direct, _, _ = setup.backward(tensors, kept, Upstream(upstream), None)
+            direct, _, _ = setup.backward(tensors, Kept(*kept), Upstream(upstream), None)
         loss = xent_ext.cross_entropy(**args, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(gradient(loss, args["input"], upstream), direct, rtol=0, atol=0, equal_nan=True)
 

@@ -12,8 +12,9 @@ one that the last backward saw, at first 1; and for none of the statistics. That
 from the second step on for `(loss / k).backward()` and for the constant scale of automatic mixed precision. Backward
 compares, and makes the gradient again where it was wrong.
 
-`tensors` are the first of `Tensors`, up to the last that is given. `kept` in backward is forward's, but without the
-`gradient` that went to autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
+`tensors` are the first of `Tensors`, up to the last that is given; and what forward makes for backward, `kept`, are the
+first of `Kept`, up to the last that there can be. Backward is given `Kept`, but without the `gradient` that went to
+autograd before. `seen` is the upstream gradient to expect the next time, or None for no news.
 
 The gradients with respect to `sample_weight` and `logit_scale` are sums over rows, taken here: of the row losses, and
 of the slopes.
@@ -66,7 +67,7 @@ class Loss:
         self.per_row = problem.reduction == "none"
         self.ahead = ahead_on(tensors.input) if self.setup.wanted.gradient else None
         self.only_input = not (needed.sample_weight or needed.logit_scale)
-        self.no_gradients = (None,) * (2 + self.given)
+        self.no_gradients, self.no_others = (None,) * (2 + self.given), (None,) * (self.given - 1)
 
     def __call__(self, owner, tensors):
         """The loss and a sequence of statistics, recorded for autograd where a tensor asks for it.
@@ -127,11 +128,11 @@ class CrossEntropy(torch.autograd.Function):
         loss, stats, kept = setup.forward(tensors, expected)
         overwritten = None
         if problem.inplace:  # the gradient has the memory of the logits, and their version
-            overwritten, kept = kept.gradient, kept._replace(gradient=None)
-            tensors = None, *tensors[1:]
+            overwritten, *others = kept
+            tensors, kept = (None, *tensors[1:]), (None, *others)
         elif call.ahead is not None:
-            call.ahead.note(kept.gradient)
-        ctx.save_for_backward(*tensors, *kept[: setup.keeps])
+            call.ahead.note(kept[0])
+        ctx.save_for_backward(*tensors, *kept)
         ctx.of_call = call, expectation, expected, overwritten, place_of(tensors[0])
         ctx.set_materialize_grads(False)
         if not stats:
@@ -177,7 +178,7 @@ class CrossEntropy(torch.autograd.Function):
             if seen is not None:
                 expectation.note(seen, gradient, problem)
         if call.only_input:
-            return None, None, gradient, *call.no_gradients[3:]
+            return None, None, gradient, *call.no_others
         needed = Tensors(*ctx.needs_input_grad[2:])
         found = gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)
         return None, None, *found[: call.given]
@@ -193,6 +194,7 @@ def refitted(call, tensors, kept, expected):
     setup = call.implementation.setup_for(call.problem, tensors, call.setup.wanted)
     if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
         _, _, kept = setup.forward(tensors, expected)
+        kept = Kept(*kept)
     return setup, kept
 
 

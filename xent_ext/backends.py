@@ -57,4 +57,4 @@ def implementation_for(input):
 
 def is_capturing():
     """Whether a CUDA graph is captured: memory that is allocated now is the graph's, and nothing is computed yet."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

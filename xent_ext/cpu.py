@@ -16,7 +16,7 @@ from . import checks, cpu_options, cpu_plain, memory
 from .expectation import MOST_MISSES, compared
 from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
-from .problem import NUMBERS, Kept, Problem, Tensors, Upstream, Wanted, number
+from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, number
 from .reference import accumulation_dtype
 
 # Bytes of logits, in the dtype they are computed in, of one block, with one thread or two: large enough that an
@@ -39,7 +39,7 @@ def forward(problem, tensors, wanted, expected):
     losses, stats, slope = rows.walk(gradient, Upstream(factor), wanted.slope and makes_gradient, problem.stats)
     weighted = losses if rows.sample_weight is None else losses * rows.sample_weight
     loss = (weighted.sum() / rows.normalizer()).to(problem.dtype) if now else rows.in_batch(weighted, problem.dtype)
-    kept = Kept(gradient, slope, losses=rows.in_batch(losses) if wanted.losses else None)
+    kept = gradient, slope, rows.in_batch(losses) if wanted.losses else None
     return loss, tuple(rows.in_batch(values) for values in stats), kept
 
 
@@ -68,7 +68,6 @@ class Setup(NamedTuple):
 
     problem: Problem
     wanted: Wanted
-    keeps: int = 3  # how many of `Kept`'s first fields there can be
 
     def forward(self, tensors, expected):
         return forward(self.problem, Tensors(*tensors), self.wanted, expected)

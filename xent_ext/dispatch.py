@@ -17,7 +17,12 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum
 
@@ -316,20 +321,21 @@ def unsupported(tensors):
         for name, tensor in (("target", target), ("weight", weight)):
             if tensor is not None and tensor.requires_grad:
                 return f"a gradient with respect to the {name} is wanted"
-    return unsupported_here()
+    if traced and torch.compiler.is_exporting():
+        return "torch.export makes a program that may run where this package is not"
+    return unsupported_here(traced)
 
 
-def unsupported_here():
+def unsupported_here(traced=False):
     """Why they can take no call now, whatever its tensors, or None."""
     if _are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch.compiler.is_compiling():  # no dispatch mode sees into an operator
-        exports = torch.compiler.is_exporting()
-        return "torch.export makes a program that may run where this package is not" if exports else None
+    if traced:  # no dispatch mode sees into an operator
+        return None
     if _len_torch_dispatch_stack():
         return "a dispatch mode is active"
-    if torch.jit.is_tracing():
+    if _is_tracing():
         return "torch.jit is tracing"
     return None

@@ -3,9 +3,11 @@
 import dataclasses
 
 import torch
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import backends, reference
-from .problem import Tensors, Upstream, Wanted
+from .problem import Kept, Tensors, Upstream, Wanted
 from .reference import accumulation_dtype
 
 
@@ -43,11 +45,10 @@ def is_batched(upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
     if torch.compiler.is_dynamo_compiling():  # compiled autograd refuses both
         return False
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return True
-    legacy = torch._C._functorch.is_legacy_batchedtensor
     for up in upstream:  # noqa: SIM110 (any() would take as long as much of a small backward)
-        if up is not None and legacy(up):
+        if up is not None and is_legacy_batchedtensor(up):
             return True
     return False
 
@@ -58,11 +59,12 @@ def must_be_plain(upstream):
 
 
 def made_for(upstream, problem, tensors, wanted):
-    """What the forward pass makes, with gradient and slope for these upstream gradients."""
+    """`Kept` of the forward pass, with gradient and slope for these upstream gradients."""
     setup_for = backends.implementation_for(tensors.input).setup_for
     if upstream.has_stats() and wanted.gradient:
         setup = setup_for(problem, tensors, wanted)
         _, _, kept = setup.forward(tensors, None)
+        kept = Kept(*kept)
         gradient, slope, _ = setup.backward(tensors, kept, upstream, None)
         return kept._replace(gradient=gradient, slope=slope)
     # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
@@ -74,7 +76,7 @@ def made_for(upstream, problem, tensors, wanted):
         expected = expected.new_ones(())
     expected = torch.stack((expected, torch.zeros_like(expected)))
     _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
-    return kept
+    return Kept(*kept)
 
 
 def sample_weight_gradient(problem, tensors, losses, upstream):

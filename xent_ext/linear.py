@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends, checks, memory, plan, reference
 from .gradients import made_for
-from .problem import Layer, Problem, Tensors, Wanted
+from .problem import Kept, Layer, Problem, Tensors, Wanted
 from .reference import accumulation_dtype
 
 # So many classes of a chunk's gradient are widened at a time, where its product is wanted in a wider dtype on a CPU.
@@ -101,6 +101,7 @@ def forward(call, tensors, layer, expected):
     for chunk in walk.chunks():
         setup = walk.setup_for(inplace, chunk.tensors, wanted)
         loss, stats, kept = setup.forward(chunk.tensors, expected)
+        kept = Kept(*kept)
         results.add(chunk, loss, stats, kept.losses)
         if sums is not None:
             sums.add(chunk, kept)
