@@ -107,3 +107,16 @@ def test_grad_scaler(fused, device):
     torch.testing.assert_close(losses, their_losses, **tolerance)
     torch.testing.assert_close(weights, their_weights, **tolerance)
     assert len(fused) == 9
+
+
+def test_a_layer_whose_input_autocast_made():
+    """In half precision, as what comes before the last layer is; the layer's weight is not."""
+    torch.manual_seed(0)
+    layers, target = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 100)), torch.randint(100, (40,))
+    first, last = layers
+    with torch.autocast("cpu", torch.bfloat16):
+        right = F.cross_entropy(layers(torch.ones(40, 16)), target)
+        loss = xent_ext.linear_cross_entropy(first(torch.ones(40, 16)), last.weight, target, linear_bias=last.bias)
+    torch.testing.assert_close(loss, right)
+    found, theirs = (torch.autograd.grad(each, layers.parameters()) for each in (loss, right))
+    torch.testing.assert_close(found, theirs, rtol=1e-2, atol=1e-3)

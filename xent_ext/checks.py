@@ -461,8 +461,8 @@ def _is_behind_hook(node):
 # --- The last linear layer
 
 
-def check_layer(arguments, dtype):
-    """Raise for a layer whose logits could not be computed, with `dtype` for its products.
+def check_layer(arguments, dtype, autocast):
+    """Raise for a layer whose logits could not be computed, with `dtype` for its products, as `autocast` has it or not.
 
     `arguments` are input (*, D), linear_weight (C, D) or, for one loss in each of several positions, (C, d1, ..., D),
     linear_bias (C) or (C, d1, ...), and the numbers of the computation.
@@ -491,7 +491,7 @@ def check_layer(arguments, dtype):
         value = getattr(arguments, name)
         if value is not None and value.device != input.device:
             raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {value.device}")
-        if value is not None and dtype == input.dtype != value.dtype:
+        if value is not None and not autocast and value.dtype != input.dtype:
             raise RuntimeError(f"{name} must have the dtype of input, {input.dtype}, got {value.dtype}")
     _check_numbers_of_chunks(arguments, dtype)
 

@@ -51,8 +51,8 @@ outside_graphs = linear_cross_entropy if backends.RECENT else torch.compiler.dis
 def rows_of(arguments, options):
     """The `Rows` of a call, whose layer is checked; None for those that only whole logits are right for."""
     arguments = with_torch_options(arguments)
-    dtype = dtype_of_products(arguments)
-    checks.check_layer(arguments, dtype)
+    dtype = dtype_of_products(arguments.input)
+    checks.check_layer(arguments, dtype, is_cast(arguments.input))
     if arguments.linear_weight.dim() > 2 or any(map(dispatch.is_distributed, arguments[:3])):
         return None
     return Rows(arguments, options, dtype)
@@ -70,12 +70,14 @@ def with_torch_options(arguments):
     )
 
 
-def dtype_of_products(arguments):
+def dtype_of_products(input):
     """The dtype that the layer is computed in, as `F.linear` has it: under autocast another than the tensors'."""
-    input = arguments.input
-    if isinstance(input, Tensor) and call.is_autocast(input) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(input.device.type)
-    return getattr(input, "dtype", None)
+    return torch.get_autocast_dtype(input.device.type) if is_cast(input) else getattr(input, "dtype", None)
+
+
+def is_cast(input):
+    """Whether autocast says what dtype a layer with this input is computed in."""
+    return isinstance(input, Tensor) and call.is_autocast(input) and input.dtype != torch.float64
 
 
 class Rows:
