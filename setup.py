@@ -13,7 +13,7 @@ def read(name):
 VERSION = re.search(r'^__version__ = "(.+)"$', read("xent_ext/__init__.py"), re.M)[1]
 
 BENCH = ["numpy", "matplotlib", "scikit-learn", "tqdm"]
-INTEGRATION = ["transformers>=5", "accelerate>=1", "lightning>=2.5"]
+INTEGRATION = ["transformers>=5", "accelerate>=1", "lightning>=2.5", "peft>=0.17"]
 TEST = [
     *BENCH,
     "pytest>=7",

@@ -1,15 +1,18 @@
-"""Libraries that call PyTorch's loss, trained with and without `xent_ext.installed()`.
+"""Libraries that call PyTorch's loss, trained with and without `xent_ext.installed()`, or `xent_ext.patch_lm_head`.
 
 Models are tiny and made from their configuration: nothing is downloaded. Without the extra `integration` these skip.
 """
 
+import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import xent_ext
+from xent_ext import deferred, linear, plan
 
 # Whatever the libraries want of the net, or to report to it, is not wanted here. Read when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,6 +61,40 @@ def gpt2(transformers):
         vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
     )
     return transformers.GPT2LMHeadModel(config)
+
+
+def qwen3(transformers):
+    config = transformers.Qwen3Config(
+        **SMALL, intermediate_size=32, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def mistral(transformers):
+    config = transformers.MistralConfig(**SMALL, intermediate_size=32, num_key_value_heads=1)
+    return transformers.MistralForCausalLM(config)
+
+
+def gemma2(transformers):
+    """With a cap."""
+    config = transformers.Gemma2Config(
+        **SMALL, intermediate_size=32, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def cohere(transformers):
+    """With a factor."""
+    config = transformers.CohereConfig(
+        **SMALL, intermediate_size=32, num_key_value_heads=1, logit_scale=0.5, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.CohereForCausalLM(config)
+
+
+def granite(transformers):
+    """With a divisor."""
+    config = transformers.GraniteConfig(**SMALL, intermediate_size=32, num_key_value_heads=1, logits_scaling=3.0)
+    return transformers.GraniteForCausalLM(config)
 
 
 def bert(transformers):
@@ -114,14 +151,14 @@ def test_transformers_label_smoother_is_not_reached(cpu_blocks, tmp_path):
     assert not cpu_blocks
 
 
+def smoothed(outputs, labels, num_items_in_batch=None):
+    """The loss of README."""
+    return xent_ext.cross_entropy(
+        outputs.logits, labels, label_smoothing=0.1, shift=True, normalizer=num_items_in_batch
+    )
+
+
 def test_transformers_with_a_loss_in_place_of_the_label_smoother(cpu_blocks, tmp_path):
-    """That of README."""
-
-    def loss(outputs, labels, num_items_in_batch=None):
-        return xent_ext.cross_entropy(
-            outputs.logits, labels, label_smoothing=0.1, shift=True, normalizer=num_items_in_batch
-        )
-
     def their_loss(outputs, labels, num_items_in_batch=None):
         rows, labels = outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:]
         return F.cross_entropy(rows, labels, label_smoothing=0.1, reduction="sum") / num_items_in_batch
@@ -129,9 +166,143 @@ def test_transformers_with_a_loss_in_place_of_the_label_smoother(cpu_blocks, tmp
     torch.manual_seed(0)
     theirs = trained(llama, tmp_path, their_loss, optim="sgd")
     torch.manual_seed(0)
-    ours = trained(llama, tmp_path, loss, optim="sgd")
+    ours = trained(llama, tmp_path, smoothed, optim="sgd")
     assert len(cpu_blocks) == 4 * 2
     torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+# --- Without logits
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the last layer with its loss, in chunks, and those of layers whose logits were made."""
+    found = {"fused": 0, "made": 0}
+
+    def count(name, function):
+        def counted(*args):
+            found[name] += 1
+            return function(*args)
+
+        return counted
+
+    monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 0)
+    monkeypatch.setattr(linear, "forward", count("fused", linear.forward))
+    monkeypatch.setattr(deferred.Head, "outputs", count("made", deferred.Head.outputs))
+    return found
+
+
+def patched(model):
+    """What makes the model, patched."""
+
+    def make(transformers):
+        made = model(transformers)
+        xent_ext.patch_lm_head(made)
+        return made
+
+    return make
+
+
+def trained_both(model, folder, loss=None, **arguments):
+    """Losses and weights with the patch, and without."""
+    found = []
+    for each in (patched(model), model):
+        torch.manual_seed(0)
+        found.append(trained(each, folder, loss, **arguments))
+    return found
+
+
+@pytest.mark.parametrize("model", [llama, qwen3, mistral, gpt2, gemma2, cohere, granite, bert])
+def test_trainer_without_logits(calls, tmp_path, model):
+    torch.testing.assert_close(*trained_both(model, tmp_path), **CLOSE)
+    assert calls == {"fused": 4 * 2, "made": 0}
+
+
+def test_trainer_without_logits_with_checkpoints_and_autocast(calls, tmp_path):
+    """Accelerate casts all outputs to float32, which reads no logits."""
+    arguments = {"gradient_checkpointing": True, "bf16": True, "optim": "sgd"}
+    torch.testing.assert_close(*trained_both(llama, tmp_path, **arguments), rtol=1e-3, atol=1e-3)
+    assert calls == {"fused": 4 * 2, "made": 0}
+
+
+def test_label_smoother_gets_logits(calls, tmp_path):
+    torch.testing.assert_close(*trained_both(llama, tmp_path, label_smoothing_factor=0.1), **CLOSE)
+    assert calls == {"fused": 0, "made": 4 * 2}
+
+
+def test_loss_in_place_of_the_label_smoother_without_logits(calls, tmp_path):
+    """That of README."""
+    torch.testing.assert_close(*trained_both(llama, tmp_path, smoothed, optim="sgd"), **CLOSE)
+    assert calls == {"fused": 4 * 2, "made": 0}
+
+
+def test_the_example_of_readme(calls):
+    library("transformers")
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    before, _, after = readme.partition("xent_ext.patch_lm_head(model)")
+    exec(before.rpartition("```python\n")[2] + "xent_ext.patch_lm_head(model)" + after.partition("```")[0], {})
+    assert calls == {"fused": 1, "made": 0}
+
+
+@pytest.mark.parametrize("model", [llama, gemma2])
+def test_outputs_without_logits(calls, model):
+    """In training, evaluation and generation."""
+    transformers = library("transformers")
+    torch.manual_seed(0)
+    plain = model(transformers)
+    other = copy.deepcopy(plain)
+    xent_ext.patch_lm_head(other)
+    batch = {name: value.unsqueeze(0) for name, value in texts(1)[0].items()}
+    for mode in (True, False):
+        theirs, ours = (each.train(mode)(**batch) for each in (plain, other))
+        assert calls["made"] == 0
+        torch.testing.assert_close(ours.loss, theirs.loss)
+        assert torch.equal(ours.logits, theirs.logits)
+        kept = [each(batch["input_ids"], logits_to_keep=2).logits for each in (other, plain)]
+        assert torch.equal(*kept)
+        assert calls.pop("made") == (2 if mode else 0)
+        calls["made"] = 0
+    words = [each.generate(batch["input_ids"][:, :4], max_new_tokens=4, do_sample=False) for each in (plain, other)]
+    assert torch.equal(*words)
+    assert calls == {"fused": 1, "made": 0}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, {"fused": 1, "made": 0}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"fused": 1, "made": 0}),
+        ({"target_modules": ["q_proj", "lm_head"]}, {"fused": 0, "made": 1}),
+    ],
+    ids=["elsewhere", "copied head", "on the head"],
+)
+def test_adapters(calls, adapters, expected):
+    """One on the head needs its outputs."""
+    peft, transformers = library("peft"), library("transformers")
+    torch.manual_seed(0)
+    batch = {name: value.unsqueeze(0) for name, value in texts(1)[0].items()}
+    plain = llama(transformers)
+    other = copy.deepcopy(plain)
+    xent_ext.patch_lm_head(other)
+    found = []
+    for model in (plain, other):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(**adapters, init_lora_weights=False)).train()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(*found, **CLOSE)
+    assert calls == expected
+
+
+def test_a_head_with_an_adapter_is_none():
+    peft = library("peft")
+    model = peft.get_peft_model(llama(library("transformers")), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Linear, got Linear of peft"):
+        xent_ext.patch_lm_head(model)
+
+
+# --- Accelerate
 
 
 def test_accelerate(cpu_blocks):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .deferred import LmHeadPatch, patch_lm_head
 from .explain import Explanation, explain, explain_linear
 from .functional import cross_entropy, linear_cross_entropy
 from .integrate import install, installed, uninstall
@@ -19,11 +20,13 @@ __all__ = [
     "CrossEntropyStats",
     "Explanation",
     "LinearCrossEntropyLoss",
+    "LmHeadPatch",
     "cross_entropy",
     "explain",
     "explain_linear",
     "install",
     "installed",
     "linear_cross_entropy",
+    "patch_lm_head",
     "uninstall",
 ]
