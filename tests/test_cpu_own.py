@@ -9,7 +9,7 @@ from parity import DTYPES, check, make, outcome, truth
 
 import xent_ext
 from xent_ext import backends, cpu_own, dispatch
-from xent_ext.problem import Tensors
+from xent_ext.problem import Problem, Tensors
 
 HALF = (torch.float16, torch.bfloat16)
 half_dtypes = pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -25,41 +25,52 @@ def auto(monkeypatch):
 # --- Who takes a call
 
 
-def taken_by(shape, dtype=torch.float32, column="gradient"):
-    """The implementation of a call over logits of this shape."""
-    input = torch.empty(shape, dtype=dtype, requires_grad="forward" not in column)
+def taken_by(where, classes, count, dtype=torch.float32, column="gradient", label_smoothing=0.0):
+    """The implementation of a call over so many rows of logits."""
+    shape = (1, classes, count) if where == "strided" else (count, classes)
+    input = torch.empty(shape[::-1] if where == "columns" else shape, dtype=dtype)
+    input = (input.t() if where == "columns" else input).requires_grad_("forward" not in column)
     target = torch.empty(shape) if "dense" in column else torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
-    reduction = "none" if column == "deferred" else "mean"
-    return dispatch.route(Tensors(input, target), reduction, with_options=False)[0]
+    problem = Problem("dense" in column, "none" if column == "deferred" else "mean", -100, label_smoothing, dtype)
+    return dispatch.route(Tensors(input, target), problem, with_options=False)[0]
 
 
-# A number of classes for each kind of logits, and whether they are strided.
+# For each kind of logits where their classes are, and how many.
 KINDS = {
-    "few": (10, False),
-    "short": (19, False),
-    "long": (1000, False),
-    "strided few": (2, True),
-    "strided": (19, True),
-    "strided long": (100, True),
+    "few": ("last", 10),
+    "short": ("last", 19),
+    "medium": ("last", 100),
+    "long": ("last", 1000),
+    "columns": ("columns", 100),
+    "strided few": ("strided", 2),
+    "strided short": ("strided", 19),
+    "strided": ("strided", 150),
+    "strided long": ("strided", 2000),
 }
-each_kind = pytest.mark.parametrize(("classes", "strided"), KINDS.values(), ids=KINDS)
+each_kind = pytest.mark.parametrize(("where", "classes"), KINDS.values(), ids=KINDS)
 each_column = pytest.mark.parametrize("column", cpu_own.Least._fields)
 
 
 @each_kind
 @each_column
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_take_what_is_large(classes, strided, column, dtype):
-    positions = -(-cpu_own.least_for_blocks(classes, strided, dtype, 1, column) // classes)
+def test_blocks_take_what_is_large(where, classes, column, dtype):
+    positions = -(-cpu_own.least_for_blocks(where, classes, dtype, 1, column) // classes)
     for count, name in ((positions, "cpu"), (positions - 1, "torch")):
-        assert taken_by((1, classes, count) if strided else (count, classes), dtype, column) == name
+        assert taken_by(where, classes, count, dtype, column) == name
+
+
+@each_column
+def test_so_many_strided_classes_blocks_never_take(column):
+    assert taken_by("strided", cpu_own.MOST_STRIDED, 1000, torch.float32, column) == "torch"
+    assert taken_by("last", cpu_own.MOST_STRIDED, 1000, torch.float32, column) == "cpu"
 
 
 @each_kind
 @each_column
-def test_more_threads_need_more_logits(classes, strided, column):
+def test_more_threads_need_more_logits(where, classes, column):
     """But no more than what PyTorch has mapped anew."""
-    sizes = [cpu_own.least_for_blocks(classes, strided, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
+    sizes = [cpu_own.least_for_blocks(where, classes, torch.float32, threads, column) for threads in (1, 2, 3, 64)]
     assert sizes == sorted(sizes)
     assert sizes[-1] <= cpu_own.MAPPED // 4
 
@@ -70,16 +81,22 @@ def test_each_kind_has_a_name():
 
 def test_a_gradient_that_is_not_wanted_does_not_count():
     rows = cpu_own.LEAST["long"][0].gradient // 1000 + 1
-    assert taken_by((rows, 1000)) == "cpu"
+    assert taken_by("last", 1000, rows) == "cpu"
     with torch.no_grad():
-        assert taken_by((rows, 1000)) == "torch"
+        assert taken_by("last", 1000, rows) == "torch"
+
+
+def test_smoothing_is_a_mass_of_all_classes():
+    rows = cpu_own.LEAST["long"][0].gradient // 1000 + 1
+    assert taken_by("last", 1000, rows, label_smoothing=0.1) == "torch"
 
 
 def test_sizes_decide(monkeypatch):
     """Calls on both sides of the least size are right."""
     cpu_own.least_for_blocks.cache_clear()
     monkeypatch.setattr(cpu_own, "ALWAYS", 30)
-    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400, 500),) * 2))
+    monkeypatch.setattr(cpu_own, "LEAST", dict.fromkeys(cpu_own.LEAST, (cpu_own.Least(100, 200, 300, 400, 500),) * 3))
+    monkeypatch.setattr(cpu_own, "ALWAYS_OF_MORE", 30)
     for shape, dtype, probabilities in itertools.product(
         [(4, 5), (40, 5), (1, 400), (3, 50), (2, 50, 3), (400,)], DTYPES, [False, True]
     ):
@@ -92,7 +109,7 @@ def test_sizes_decide(monkeypatch):
 
 @pytest.mark.parametrize("input", ["text", None, 3], ids=str)
 def test_what_is_no_tensor_is_not_decided_here(input):
-    assert not dispatch.is_small(input, None, "mean")
+    assert not dispatch.is_small(input, None, "mean", 0.0)
 
 
 # --- Half precision
@@ -121,8 +138,12 @@ SHAPES = ((200,), (1, 200), (500, 10), (500, 200), (2, 10, 16, 16), (2, 200, 16,
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_half_precision_is_added_up_in_float32(way, shape, dtype, weighted, ignored, label_smoothing):
+@pytest.mark.parametrize("few_logits", [0, cpu_own.FEW_LOGITS])
+def test_half_precision_is_added_up_in_float32(
+    way, shape, dtype, weighted, ignored, label_smoothing, few_logits, monkeypatch
+):
     """Of a sum of row losses each is rounded once at most, and the sum once more."""
+    monkeypatch.setattr(cpu_own, "FEW_LOGITS", few_logits)
     args = make(shape, dtype, weighted=weighted, ignored=ignored)
     for reduction in ("mean", "sum"):
         loss, gradient, true = loss_and_gradient(*args, reduction=reduction, label_smoothing=label_smoothing)
@@ -154,6 +175,39 @@ def test_smoothing_of_many_classes_does_not_overflow(way, reduction):
     loss = xent_ext.cross_entropy(input, target, reduction=reduction, label_smoothing=0.1)
     exact = F.cross_entropy(input.double(), target, reduction=reduction, label_smoothing=0.1)
     assert ((loss - exact).abs() <= torch.finfo(torch.float16).eps * exact).all()
+
+
+@half_dtypes
+@pytest.mark.parametrize("shape", [(200,), (500, 10), (700, 200), (2, 10, 16, 16), (2, 200, 16, 16)], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_probabilities_in_half_precision(way, shape, dtype, label_smoothing, gradient):
+    """What sums all products at once is rounded there and in the mean."""
+    input, target, _ = make(shape, dtype, probabilities=True)
+    input.requires_grad_(gradient)
+    for reduction in ("mean", "sum"):
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        loss = xent_ext.cross_entropy(input, target, **options)
+        exact = truth(input, target, upstream=torch.ones(()), **options)["loss"]
+        assert abs(loss.item() - exact.value) <= torch.finfo(dtype).eps * exact.magnitude
+
+
+def test_many_losses_in_float16_do_not_overflow(way):
+    """PyTorch adds up all products in float16, and divides that."""
+    input, target, _ = make((20_000, 40), torch.float16, probabilities=True)
+    loss = xent_ext.cross_entropy(input.detach(), target)
+    torch.testing.assert_close(loss, F.cross_entropy(input.detach().float(), target.float()).half())
+
+
+@half_dtypes
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_targets_in_any_strides(dtype, ignore_index):
+    """A weight belongs to the class of its own row."""
+    input, target, weight = make((40, 100, 20, 2), dtype, weighted=True)
+    target = target.masked_fill(target % 7 == 0, ignore_index).permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    loss = xent_ext.cross_entropy(input, target, weight, ignore_index=ignore_index)
+    exact = F.cross_entropy(input.double(), target, weight.double(), ignore_index=ignore_index)
+    assert abs(loss - exact) <= torch.finfo(dtype).eps * exact
 
 
 @half_dtypes
@@ -198,9 +252,10 @@ def test_compiled_half_precision_is_added_up_in_float32(dtype, weighted):
 
 
 @half_dtypes
-def test_transforms_of_half_precision_are_added_up_in_float32(dtype):
-    """What neither blocks nor kernels take goes to PyTorch's own, by whatever way."""
-    input, target, _ = make((70_000, 2), dtype)
+@pytest.mark.parametrize("shape", [(70_000, 2), (30, 100), (700, 100)], ids=str)
+def test_transforms_of_half_precision_are_added_up_in_float32(shape, dtype):
+    """What neither blocks nor kernels take goes to PyTorch's own, by whatever way, and whatever its size."""
+    input, target, _ = make(shape, dtype)
     loss = torch.func.vmap(xent_ext.cross_entropy)(input.unsqueeze(0), target.unsqueeze(0))
     exact = F.cross_entropy(input.double(), target)
     assert (loss - exact).abs() <= torch.finfo(dtype).eps * exact

@@ -5,15 +5,17 @@ faster one for few logits, and without a gradient as long as the memory of its l
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
+from .cpu_plain import FEW_CLASSES
 from .layout import class_axis
 from .memory import MAPPED
 from .reference import result_dtype
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 # --- Which calls it takes
@@ -23,30 +25,40 @@ class Least(NamedTuple):
     """From how many logits of a kind on blocks are faster, with one thread; None: where memory is mapped."""
 
     gradient: int | None  # of class indices, made in the forward pass
-    dense: int | None  # of probabilities
+    dense: int | None  # of probabilities, or with smoothing
     forward: int | None = None  # without a gradient
     dense_forward: int | None = None
     deferred: int | None = None  # made in backward, of row losses, from logits that are read again
 
 
 M = 1 << 20
-# By where the classes are and how many: in float32 or float64, and in half precision. Measured by `python -m bench
-# cpu_sizes` on an AMD EPYC (Zen 5), whose process keeps what PyTorch frees. In a fresh one PyTorch's time doubles from
-# about a million logits on, whose memory is given back and faulted in again: it decides where the two are close.
+FEW = Least(M >> 5, M >> 5, M >> 6, M >> 5, M >> 3)
+# By where the classes are and how many: in float32 or float64, in bfloat16, and in float16. Measured by `python -m
+# bench cpu_sizes` with one thread on an AMD EPYC (Zen 5), in a process that keeps what PyTorch frees. In a fresh one
+# PyTorch's time doubles from about a million logits on, whose memory is given back and faulted in again: it decides
+# where the two are close.
 LEAST = {
     # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
-    "few": (Least(M >> 5, M >> 5, M >> 6, M >> 5, M >> 4),) * 2,
-    "short": (Least(4 * M, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M)),
-    "long": (Least(M, 4 * M), Least(4 * M, 2 * M, None, 4 * M)),
-    "strided few": (Least(M, 4 * M), Least(M >> 2, 2 * M, M >> 2, 4 * M)),
-    "strided": (Least(2 * M, 4 * M), Least(4 * M, 2 * M, 2 * M, 4 * M)),
-    # Blocks of many strided classes are parts of an image, and must be copied.
-    "strided long": (Least(3 * M, 4 * M), Least(8 * M, 4 * M, None, 8 * M)),
+    "few": (FEW, FEW, FEW),
+    "short": (Least(4 * M, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M), Least(4 * M, 2 * M, 4 * M, 4 * M)),
+    "medium": (Least(3 * M, 8 * M), Least(4 * M, 8 * M, 4 * M), Least(3 * M, 3 * M, 3 * M, 3 * M)),
+    "long": (Least(2 * M, 4 * M), Least(8 * M, None), Least(8 * M, 2 * M, None, 2 * M)),
+    # Such logits are copied to where their classes are last, by PyTorch's own in one piece.
+    "columns": (Least(6 * M, None), Least(None, None), Least(None, 8 * M)),
+    "strided few": (Least(M, 4 * M), Least(M >> 2, 2 * M, M >> 2, M), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
+    "strided short": (Least(2 * M, 3 * M), Least(3 * M >> 1, 2 * M, 2 * M, 4 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
+    # Blocks of so many strided classes are parts of an image, and must be copied.
+    "strided": (Least(4 * M, 4 * M), Least(8 * M, None), Least(4 * M, 2 * M, None, 4 * M)),
+    "strided long": (Least(6 * M, None), Least(None, None), Least(None, 4 * M)),
 }
-ALWAYS = M >> 6  # the least of them: PyTorch's own takes what is smaller
+PLACE = {dtype: place for place, dtype in enumerate(HALF, 1)}
+# What is smaller PyTorch's own takes, whatever else there is to a call: of few classes, and of more.
+ALWAYS, ALWAYS_OF_MORE = M >> 6, M >> 2
+# Of so many strided classes a block has less than a cache line of each, and others read the same line again.
+MOST_STRIDED = 1 << 14
 
 
-def takes(input, target, reduction):
+def takes(input, target, reduction, label_smoothing):
     """Whether PyTorch's own is faster for these logits on the CPU; the arguments need not be valid."""
     size = input.numel()
     if size < ALWAYS:
@@ -55,93 +67,148 @@ def takes(input, target, reduction):
         return False
     shape = input.shape
     axis = class_axis(shape)
-    dense = isinstance(target, torch.Tensor) and target.is_floating_point()
+    classes = shape[axis]
+    if size < ALWAYS_OF_MORE and classes >= FEW_CLASSES:
+        return True
+    dense = label_smoothing != 0 or (isinstance(target, torch.Tensor) and target.is_floating_point())
     if not (torch.is_grad_enabled() and input.requires_grad):
         column = "dense_forward" if dense else "forward"
     elif reduction == "none":
         column = "deferred"
     else:
         column = "dense" if dense else "gradient"
-    # Logits of more dimensions PyTorch copies to where it has their classes strided.
-    strided = len(shape) > 2 or input.stride(axis) != 1
-    return size < least_for_blocks(shape[axis], strided, input.dtype, torch.get_num_threads(), column)
+    where = "last" if input.stride(axis) == 1 else "columns"
+    if len(shape) > 2:
+        where = "strided"  # to which PyTorch copies such logits
+    return size < least_for_blocks(where, classes, input.dtype, torch.get_num_threads(), column)
 
 
 @functools.lru_cache(maxsize=1024)  # small calls wait for this
-def least_for_blocks(classes, strided, dtype, threads, column):
+def least_for_blocks(where, classes, dtype, threads, column):
     """From how many logits of this kind on blocks are faster, for what a column of `LEAST` says.
 
     The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
     But memory that PyTorch has mapped anew costs more than that.
     """
-    least = getattr(LEAST[kind(classes, strided)][dtype.itemsize == 2], column)
+    if where != "last" and classes >= MOST_STRIDED:
+        return math.inf
+    least = getattr(LEAST[kind(where, classes)][PLACE.get(dtype, 0)], column)
     mapped = MAPPED // dtype.itemsize
     return mapped if least is None else min(least * threads, mapped)
 
 
-def kind(classes, strided):
-    """A key of `LEAST`, for logits with so many classes."""
-    if strided:
-        return "strided few" if classes < 8 else "strided" if classes < 64 else "strided long"
-    return "few" if classes < 16 else "short" if classes < 256 else "long"
+def kind(where, classes):
+    """A key of `LEAST`, for logits whose so many classes are "last", in "columns" or otherwise "strided"."""
+    if where == "strided":
+        sizes = {8: "strided few", 32: "strided short", 1024: "strided"}
+        return next((name for least, name in sizes.items() if classes < least), "strided long")
+    if classes < FEW_CLASSES:
+        return "few"
+    if where == "columns":
+        return where
+    return "short" if classes < 64 else "medium" if classes < 256 else "long"
 
 
 # --- In half precision
 
+native = torch._C._nn.cross_entropy_loss  # what F.cross_entropy calls
 NONE, MEAN, SUM = (torch.nn._reduction.get_enum(name) for name in ("none", "mean", "sum"))
-# Of fewer classes, last in memory, PyTorch's softmax takes up to ten times as long in half precision as in float32,
-# casts included.
-FEW_CLASSES = 64
+# Of so few classes, last in memory, PyTorch's softmax takes up to ten times as long in half precision as in float32,
+# casts included; of less than twice as many it takes more where the logits are few enough to stay in cache.
+SHORT_ROW = 32
+# Sums of row losses add some 6 us to a call, and as much in backward: more than to cast fewer logits.
+FEW_LOGITS = 1 << 16
 
 
 def cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing):
-    """`torch._C._nn.cross_entropy_loss`, but that sums of half precision are made in float32, and rounded once.
+    """`native`, but that sums of half precision are made in float32, and rounded once.
 
     PyTorch's adds up row losses in half precision, and counts the rows in it: of 65505 rows in float16 the mean is NaN,
-    and the gradient 0. With smoothing it adds up all classes in it. Takes tensors on the CPU, valid or not.
+    and the gradient 0. Takes tensors on the CPU, valid or not.
     """
-    function = torch._C._nn.cross_entropy_loss
     arguments = (input, target, weight, reduction, ignore_index, label_smoothing)
-    if not is_half(input):
-        return function(*arguments)
-    axis = class_axis(input.shape)
-    classes = input.shape[axis]
-    if label_smoothing > 0 or target.is_floating_point():
-        return in_float32(function, *arguments)
-    if input.numel() == classes:  # one row, of which nothing is added up
-        return function(*arguments)
-    if classes < FEW_CLASSES and input.stride(axis) == 1:
-        return in_float32(function, *arguments)
-    losses = function(input, target, weight, NONE, ignore_index, label_smoothing)
+    return (way_in_half(input, target, weight, label_smoothing) if is_half(input) else native)(*arguments)
+
+
+def way_in_half(input, target, weight, label_smoothing):
+    """The soonest of the functions that make a loss of half precision right: `native`, `in_float32` or `by_row`."""
+    axis, size = class_axis(input.shape), input.numel()
+    classes, last = input.shape[axis], input.stride(axis) == 1
+    least = FEW_LOGITS
+    if classes < 2 * SHORT_ROW:
+        least *= 8
+    if target.is_floating_point():
+        right = way_of_probabilities(input, target, weight, label_smoothing)
+    elif size == classes and label_smoothing == 0:
+        return native  # one row, of which nothing is added up
+    else:
+        # In float16 a sum over classes overflows.
+        right = in_float32 if label_smoothing != 0 and input.dtype == torch.float16 else by_row
+    if (last and classes < SHORT_ROW) or (right is by_row and size < least):
+        return in_float32
+    return right
+
+
+def way_of_probabilities(input, target, weight, label_smoothing):
+    """The soonest for probabilities that are neither few nor of few classes."""
+    if result_dtype(input, target, weight) != input.dtype:
+        return in_float32
+    if input.dtype == torch.bfloat16:
+        return native  # its one sum over rows and classes is rounded once
+    # In float16 that sum overflows, with smoothing those over classes do, and the gradient of a small mass is 0.
+    wants_gradient = torch.is_grad_enabled() and input.requires_grad
+    return in_float32 if wants_gradient or label_smoothing != 0 else by_row
+
+
+def by_row(input, target, weight, reduction, ignore_index, label_smoothing):
+    """Row losses as PyTorch's own makes them, and their sum or mean in float32."""
+    losses = native(input, target, weight, NONE, ignore_index, label_smoothing)
     if reduction == NONE:
         return losses
     if reduction == SUM:
         return losses.sum()  # PyTorch makes sums and means themselves in float32
-    counted = target.long() != ignore_index
-    if weight is None and counted.all():
+    if target.is_floating_point() or (weight is None and not has(target, ignore_index)):
         return losses.mean()
-    normalizer = counted.sum() if weight is None else weight.float()[target.long()[counted]].sum()
-    return (losses.sum(dtype=torch.float32) / normalizer).to(losses.dtype)
+    return (losses.sum(dtype=torch.float32) / normalizer(target, weight, ignore_index)).to(losses.dtype)
+
+
+def has(index, value):
+    """Whether it can be there: what lies between the least and the largest."""
+    low, high = torch.aminmax(index)
+    return low.item() <= value <= high.item()
+
+
+def normalizer(target, weight, ignore_index):
+    """What a mean over class indices divides by, in float32."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum()
+    index = (target.long() * counted).reshape(-1)
+    return torch.dot(weight.index_select(0, index).float(), counted.reshape(-1).float())
+
+
+def in_float32(input, target, weight, *options, function=native):
+    """A loss computed in float32, in the dtype that it has in half precision."""
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype, target = result_dtype(input, target, weight), widened(target)
+    elif weight is not None and weight.dtype != dtype:
+        return function(input, target, weight, *options)  # which raises
+    # Contiguous as its softmax will be: half as much is copied so.
+    return function(input.contiguous().float(), target, None if weight is None else widened(weight), *options).to(dtype)
+
+
+def widened(tensor):
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def pytorch(function, input, target, weight, *options):
     """`function`, F.cross_entropy as it was, but in float32 for half precision on a CPU. For calls of any kind."""
     if isinstance(input, torch.Tensor) and input.is_cpu and is_half(input):
-        return in_float32(function, input, target, weight, *options)
+        return in_float32(input, target, weight, *options, function=function)
     return function(input, target, weight, *options)
 
 
 def is_half(input):
     """Whether PyTorch would compute in half precision: not under autocast."""
     return input.dtype in HALF and not torch.is_autocast_enabled("cpu")
-
-
-def in_float32(function, input, target, weight, *options):
-    """A loss computed in float32, in the dtype that it has in half precision."""
-    if weight is not None and weight.dtype != input.dtype and not target.is_floating_point():
-        return function(input, target, weight, *options)  # which raises
-    dtype = result_dtype(input, target, weight)
-    target, weight = (
-        tensor.float() if tensor is not None and tensor.dtype in HALF else tensor for tensor in (target, weight)
-    )
-    return function(input.float(), target, weight, *options).to(dtype)

@@ -25,6 +25,7 @@ from torch._C import (
 )
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum
+from torch.overrides import has_torch_function_variadic
 
 from . import autograd, backends, checks, cpu_own, ops, reference
 from .backends import HAS_TRITON, implementation
@@ -44,8 +45,6 @@ def cross_entropy(owner, arguments, options=None):
     """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
     if torch.compiler.is_compiling():
         return compiled(owner, arguments, options)
-    if options is None and is_small(arguments.input, arguments.target, arguments.reduction):
-        return small(arguments)
     key = key_of(arguments, options)
     found = _kept.get(key)
     if found is None:
@@ -92,20 +91,22 @@ def in_graph(arguments, options):
     if options is None and any(has_unknown_size(tensor) for tensor in arguments[:2]):
         return pytorch(arguments)
     problem, tensors = prepare(arguments, options)
-    name, _ = route(tensors, problem.reduction, options is not None)
+    name, _ = route(tensors, problem, options is not None)
     if name == "torch":
         return pytorch(arguments)
     loss, stats = (reference.compute if name == "plain" else ops.loss)(problem, tensors)
     return with_statistics(problem, tensors, options, loss, stats)
 
 
-def small(arguments):
+def small(*arguments):
     """PyTorch's own, with clearer errors."""
     input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing = arguments
     try:
         if size_average is reduce is None and reduction in _REDUCTIONS:
             # All that F.cross_entropy does, without another call: few logits take few microseconds.
-            return cpu_own.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+            function = cpu_own.native if input.dtype not in cpu_own.HALF else cpu_own.cross_entropy
+            if function is cpu_own.native or unsupported_here() is None:  # elsewhere values can't be read
+                return function(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
         return pytorch(arguments)
     except WRONG:
         check_values(*prepare(arguments, None))  # raises the same, said more clearly
@@ -157,7 +158,7 @@ def look_at(key, arguments, options):
     """Check a call, and find who takes it."""
     problem, tensors = prepare(arguments, options)
     tensors = plain(tensors)
-    name, _ = route(tensors, problem.reduction, options is not None)
+    name, _ = route(tensors, problem, options is not None)
     if backends.CHECK and name != "torch":
         check_values(problem, tensors)
     if name in ("torch", "plain"):
@@ -243,13 +244,22 @@ def plain_tensor(tensor):
 # --- Who takes it
 
 
-def is_small(input, target, reduction):
-    """Whether PyTorch's own is faster on a CPU, and takes the call before its arguments are looked at."""
-    if backends.BACKEND != "auto" or not isinstance(input, torch.Tensor) or not input.is_cpu:
+def is_small_call(input, target, weight, reduction, label_smoothing):
+    """Whether `small` takes a call without options for training before its arguments are looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_small(input, target, reduction, label_smoothing)
+        and not has_torch_function_variadic(input, target, weight)
+    )
+
+
+def is_small(input, target, reduction, label_smoothing):
+    """Whether PyTorch's own is faster for logits on a CPU."""
+    if type(input) not in PLAIN or not input.is_cpu or backends.BACKEND != "auto":
         return False
     if torch.compiler.is_compiling():
         return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
-    return cpu_own.takes(input, target, reduction) and not is_distributed(input)
+    return cpu_own.takes(input, target, reduction, label_smoothing)
 
 
 def has_unknown_size(tensor):
@@ -263,17 +273,17 @@ def is_distributed(tensor):
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def route(tensors, reduction, with_options):
+def route(tensors, problem, with_options):
     """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
-    name, reason = supported_route(tensors, reduction, with_options)
+    name, reason = supported_route(tensors, problem, with_options)
     return ("plain" if with_options and name == "torch" else name), reason
 
 
-def supported_route(tensors, reduction, with_options):
+def supported_route(tensors, problem, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     name, reason = implementation_of(tensors)
     if name == "cpu" and (torch.compiler.is_compiling() or not with_options):
-        if is_small(tensors.input, tensors.target, reduction):
+        if is_small(tensors.input, tensors.target, problem.reduction, problem.label_smoothing):
             what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
             return "torch", f"PyTorch's own is as fast for {what} on a CPU"
     return name, reason

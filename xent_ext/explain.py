@@ -73,7 +73,7 @@ def explain(
     given = Options.that_differ(**options)
     problem, tensors = prepare(arguments, Options(**given) if given else None)
     tensors = dispatch.plain(tensors)
-    name, reason = dispatch.route(tensors, problem.reduction, bool(given))
+    name, reason = dispatch.route(tensors, problem, bool(given))
     traffic = None
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad

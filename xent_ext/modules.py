@@ -96,13 +96,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         ):
             options = None
             given = self._xent_ext_options
+            weight, reduction, label_smoothing = self.weight, self.reduction, self.label_smoothing
             if given or not sample_weight is normalizer is logit_scale is None:
                 options = Options(**given or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
                 if logit_scale is not None:
                     options = options._replace(logit_scale=logit_scale)
-            arguments = Arguments(
-                input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
-            )
+            elif dispatch.is_small_call(input, target, weight, reduction, label_smoothing):
+                return dispatch.small(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
+            arguments = Arguments(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
             if functional.is_overridden(arguments, options):
                 return functional.overridden(arguments, options)
             return dispatch.cross_entropy(self, arguments, options)
