@@ -47,3 +47,13 @@ def test_the_forward_pass_alone_is_as_right_as_with_a_gradient(cpu_blocks):
             check(*args, reduction="none")
             with torch.no_grad():
                 check(*args, wanted=(), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outer", "classes", "inner"), itertools.product([1, 3], [2, 13, 40], [1, 5, 300]))
+def test_to_another_order_and_back(dtype, outer, classes, inner):
+    """Class by class, all at once, or as PyTorch turns a matrix."""
+    rows = torch.arange(outer * inner * classes).view(outer, inner, classes).to(dtype)
+    across = cpu_plain.copy_across(rows.transpose(1, 2), torch.empty(outer, classes, inner, dtype=dtype))
+    assert torch.equal(across, rows.transpose(1, 2))
+    assert torch.equal(cpu_plain.copy_across(across.transpose(1, 2), torch.empty_like(rows)), rows)

@@ -87,8 +87,8 @@ def takes(input, target, reduction, label_smoothing):
 def least_for_blocks(where, classes, dtype, threads, column):
     """From how many logits of this kind on blocks are faster, for what a column of `LEAST` says.
 
-    The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits.
-    But memory that PyTorch has mapped anew costs more than that.
+    The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits,
+    as many times as many. That is reasoned, not measured. But memory that PyTorch has mapped anew costs more than that.
     """
     if where != "last" and classes >= MOST_STRIDED:
         return math.inf
