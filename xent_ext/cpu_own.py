@@ -41,12 +41,12 @@ LEAST = {
     # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
     "few": (FEW, FEW, FEW),
     "short": (Least(4 * M, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M), Least(4 * M, 2 * M, 4 * M, 4 * M)),
-    "medium": (Least(3 * M, 8 * M), Least(4 * M, 8 * M, 4 * M), Least(3 * M, 3 * M, 3 * M, 3 * M)),
+    "medium": (Least(4 * M, 8 * M), Least(4 * M, 8 * M, 4 * M), Least(4 * M, 3 * M, 4 * M, 3 * M)),
     "long": (Least(2 * M, 4 * M), Least(8 * M, None), Least(8 * M, 2 * M, None, 2 * M)),
     # Such logits are copied to where their classes are last, by PyTorch's own in one piece.
     "columns": (Least(6 * M, None), Least(None, None), Least(None, 8 * M)),
-    "strided few": (Least(M, 4 * M), Least(M >> 2, 2 * M, M >> 2, M), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
-    "strided short": (Least(2 * M, 3 * M), Least(3 * M >> 1, 2 * M, 2 * M, 4 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
+    "strided few": (Least(M, 4 * M), Least(M >> 2, 8 * M, M >> 2), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
+    "strided short": (Least(2 * M, 3 * M), Least(3 * M >> 1, 6 * M, 2 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
     # Blocks of so many strided classes are parts of an image, and must be copied.
     "strided": (Least(4 * M, 4 * M), Least(8 * M, None), Least(4 * M, 2 * M, None, 4 * M)),
     "strided long": (Least(6 * M, None), Least(None, None), Least(None, 4 * M)),
@@ -106,7 +106,7 @@ def kind(where, classes):
         return "few"
     if where == "columns":
         return where
-    return "short" if classes < 64 else "medium" if classes < 256 else "long"
+    return "short" if classes < SHORT_ROW else "medium" if classes < 256 else "long"
 
 
 # --- In half precision
@@ -116,7 +116,7 @@ NONE, MEAN, SUM = (torch.nn._reduction.get_enum(name) for name in ("none", "mean
 # Of so few classes, last in memory, PyTorch's softmax takes up to ten times as long in half precision as in float32,
 # casts included; of less than twice as many it takes more where the logits are few enough to stay in cache.
 SHORT_ROW = 32
-# Sums of row losses add some 6 us to a call, and as much in backward: more than to cast fewer logits.
+# A mean of row losses adds some 6 us to a call, and as much in backward: more than to cast fewer logits.
 FEW_LOGITS = 1 << 16
 
 
@@ -126,38 +126,41 @@ def cross_entropy(input, target, weight, reduction, ignore_index, label_smoothin
     PyTorch's adds up row losses in half precision, and counts the rows in it: of 65505 rows in float16 the mean is NaN,
     and the gradient 0. Takes tensors on the CPU, valid or not.
     """
-    arguments = (input, target, weight, reduction, ignore_index, label_smoothing)
-    return (way_in_half(input, target, weight, label_smoothing) if is_half(input) else native)(*arguments)
+    function = native
+    if is_half(input):
+        of = way_of_probabilities if target.is_floating_point() else way_of_indices
+        function = of(input, target, weight, reduction, label_smoothing)
+    return function(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
-def way_in_half(input, target, weight, label_smoothing):
+def way_of_indices(input, target, weight, reduction, label_smoothing):
     """The soonest of the functions that make a loss of half precision right: `native`, `in_float32` or `by_row`."""
     axis, size = class_axis(input.shape), input.numel()
-    classes, last = input.shape[axis], input.stride(axis) == 1
-    least = FEW_LOGITS
-    if classes < 2 * SHORT_ROW:
-        least *= 8
-    if target.is_floating_point():
-        right = way_of_probabilities(input, target, weight, label_smoothing)
-    elif size == classes and label_smoothing == 0:
+    classes = input.shape[axis]
+    if size == classes and label_smoothing == 0:
         return native  # one row, of which nothing is added up
-    else:
-        # In float16 a sum over classes overflows.
-        right = in_float32 if label_smoothing != 0 and input.dtype == torch.float16 else by_row
-    if (last and classes < SHORT_ROW) or (right is by_row and size < least):
-        return in_float32
-    return right
+    if is_short(input, axis) or (label_smoothing != 0 and input.dtype == torch.float16):
+        return in_float32  # in float16 the sum over classes overflows
+    least = 0 if reduction != MEAN else FEW_LOGITS if weight is None else 2 * FEW_LOGITS
+    if classes < 2 * SHORT_ROW:
+        least = 8 * FEW_LOGITS
+    return by_row if size >= least else in_float32
 
 
-def way_of_probabilities(input, target, weight, label_smoothing):
-    """The soonest for probabilities that are neither few nor of few classes."""
-    if result_dtype(input, target, weight) != input.dtype:
+def way_of_probabilities(input, target, weight, reduction, label_smoothing):
+    """The same for probabilities."""
+    alike = input.dtype == target.dtype and (weight is None or weight.dtype == input.dtype)
+    if not alike or is_short(input, class_axis(input.shape)):
         return in_float32
     if input.dtype == torch.bfloat16:
-        return native  # its one sum over rows and classes is rounded once
+        return native  # its one sum over rows and classes is made in float32
     # In float16 that sum overflows, with smoothing those over classes do, and the gradient of a small mass is 0.
     wants_gradient = torch.is_grad_enabled() and input.requires_grad
-    return in_float32 if wants_gradient or label_smoothing != 0 else by_row
+    return in_float32 if wants_gradient or label_smoothing != 0 or input.numel() < FEW_LOGITS else by_row
+
+
+def is_short(input, axis):
+    return input.shape[axis] < SHORT_ROW and input.stride(axis) == 1
 
 
 def by_row(input, target, weight, reduction, ignore_index, label_smoothing):

@@ -104,9 +104,11 @@ def small(*arguments):
     try:
         if size_average is reduce is None and reduction in _REDUCTIONS:
             # All that F.cross_entropy does, without another call: few logits take few microseconds.
-            function = cpu_own.native if input.dtype not in cpu_own.HALF else cpu_own.cross_entropy
-            if function is cpu_own.native or unsupported_here() is None:  # elsewhere values can't be read
-                return function(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+            code = _REDUCTIONS[reduction]
+            if input.dtype not in cpu_own.HALF:
+                return cpu_own.native(input, target, weight, code, ignore_index, label_smoothing)
+            if input.numel() < cpu_own.FEW_LOGITS or not unsupported_here():  # where no value can be read
+                return cpu_own.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
         return pytorch(arguments)
     except WRONG:
         check_values(*prepare(arguments, None))  # raises the same, said more clearly
