@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
-from xent_ext import ahead, backends
+from xent_ext import ahead, backends, cpu_own
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 INDICES = torch.zeros(3, dtype=torch.int64)
@@ -183,9 +183,11 @@ def saved_by_operators(args):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
-def test_held_by_pytorchs_own(monkeypatch, backend, dtype, classes, probabilities, options):
+@pytest.mark.parametrize("few_logits", [0, cpu_own.FEW_LOGITS])
+def test_held_by_pytorchs_own(monkeypatch, backend, dtype, classes, probabilities, options, few_logits):
     """What its operators save, in the dtype that they have on a CPU."""
     monkeypatch.setattr(backends, "BACKEND", backend)
+    monkeypatch.setattr(cpu_own, "FEW_LOGITS", few_logits)
     logits = torch.randn(ROWS, classes, dtype=dtype, requires_grad=True)
     target = torch.rand(ROWS, classes).to(dtype) if probabilities else torch.randint(classes, (ROWS,))
     args = {"input": logits, "target": target, **options}

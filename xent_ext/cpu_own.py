@@ -126,15 +126,19 @@ def cross_entropy(input, target, weight, reduction, ignore_index, label_smoothin
     PyTorch's adds up row losses in half precision, and counts the rows in it: of 65505 rows in float16 the mean is NaN,
     and the gradient 0. Takes tensors on the CPU, valid or not.
     """
-    function = native
-    if is_half(input):
-        of = way_of_probabilities if target.is_floating_point() else way_of_indices
-        function = of(input, target, weight, reduction, label_smoothing)
+    function = way(input, target, weight, reduction, label_smoothing)
     return function(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
+def way(input, target, weight, reduction, label_smoothing):
+    """The soonest of the functions that make a loss right: `native`, or in half precision `in_float32` or `by_row`."""
+    if not is_half(input):
+        return native
+    of = way_of_probabilities if target.is_floating_point() else way_of_indices
+    return of(input, target, weight, reduction, label_smoothing)
+
+
 def way_of_indices(input, target, weight, reduction, label_smoothing):
-    """The soonest of the functions that make a loss of half precision right: `native`, `in_float32` or `by_row`."""
     axis, size = class_axis(input.shape), input.numel()
     classes = input.shape[axis]
     if size == classes and label_smoothing == 0:
@@ -148,7 +152,6 @@ def way_of_indices(input, target, weight, reduction, label_smoothing):
 
 
 def way_of_probabilities(input, target, weight, reduction, label_smoothing):
-    """The same for probabilities."""
     alike = input.dtype == target.dtype and (weight is None or weight.dtype == input.dtype)
     if not alike or is_short(input, class_axis(input.shape)):
         return in_float32

@@ -43,6 +43,13 @@ WRONG = (IndexError, RuntimeError, TypeError, ValueError)
 
 def cross_entropy(owner, arguments, options=None):
     """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
+    if options is None and is_small_call(*arguments[:3], arguments.reduction, arguments.label_smoothing):
+        return small(*arguments)
+    return general(owner, arguments, options)
+
+
+def general(owner, arguments, options):
+    """`cross_entropy` for calls that `small` does not take."""
     if torch.compiler.is_compiling():
         return compiled(owner, arguments, options)
     key = key_of(arguments, options)

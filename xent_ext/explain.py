@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn._reduction import get_enum
 
-from . import autograd, backends, dispatch, linear, linear_call, reference
+from . import autograd, backends, cpu_own, dispatch, linear, linear_call, reference
 from .autograd import Held
 from .call import Arguments, Options, prepare
 from .linear_call import LinearArguments
@@ -94,10 +95,11 @@ def held_by_operators(name, problem, tensors):
     what = {"torch": "what PyTorch's own saves", "plain": "what the plain formula saves"}[name]
     if dispatch.unsupported_here() or not all(t is None or is_plain(t) for t in tensors):
         return Held(None, what)
+    is_small = dispatch.is_small(*tensors[:2], problem.reduction, problem.label_smoothing)
     saved = []
     with FakeTensorMode(), saved_tensors_hooks(saved.append, lambda _: None):
         given = tensors._make([None if t is None else without_data(t) for t in tensors])
-        run(name, problem, given)
+        run(name, problem, given, is_small)
     if not saved:
         return Held(0, "no gradient is wanted")
     arguments = [storage_of(t) for t in given if t is not None]
@@ -117,12 +119,15 @@ def without_data(t):
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
 
 
-def run(name, problem, tensors):
+def run(name, problem, tensors, is_small):
     """A call by PyTorch's operators, but for its reduction, which may ask for values on the host."""
     if name == "plain":
         return reference.compute(dataclasses.replace(problem, reduction="none"), tensors)
-    function = dispatch.small if dispatch.is_small(*tensors[:2], problem.reduction) else dispatch.pytorch
-    return function(Arguments(*tensors[:3], None, problem.ignore_index, None, "none", problem.label_smoothing))
+    given, ignore_index, label_smoothing = tensors[:3], problem.ignore_index, problem.label_smoothing
+    if not is_small:
+        return dispatch.pytorch(Arguments(*given, None, ignore_index, None, "none", label_smoothing))
+    way = cpu_own.way(*given, get_enum(problem.reduction), label_smoothing)
+    return way(*given, cpu_own.NONE, ignore_index, label_smoothing)
 
 
 def explain_linear(

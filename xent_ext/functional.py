@@ -145,7 +145,7 @@ def cross_entropy(
     arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if is_overridden(arguments, options):
         return overridden(arguments, options)
-    return dispatch.cross_entropy(None, arguments, options)
+    return dispatch.general(None, arguments, options)
 
 
 # TorchScript, which knows neither arguments by keyword alone nor autograd functions, compiles this in its place.

@@ -106,7 +106,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             arguments = Arguments(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
             if functional.is_overridden(arguments, options):
                 return functional.overridden(arguments, options)
-            return dispatch.cross_entropy(self, arguments, options)
+            return dispatch.general(self, arguments, options)
 
 
 if TYPE_CHECKING or not hasattr(torch.nn, "LinearCrossEntropyLoss"):
