@@ -45,7 +45,7 @@ LEAST = {
     "long": (Least(2 * M, 4 * M), Least(8 * M, None), Least(8 * M, 2 * M, None, 2 * M)),
     # Such logits are copied to where their classes are last, by PyTorch's own in one piece.
     "columns": (Least(6 * M, None), Least(None, None), Least(None, 8 * M)),
-    "strided few": (Least(M, 4 * M), Least(M >> 2, 8 * M, M >> 2), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
+    "strided few": (Least(M, None), Least(M >> 2, 8 * M, M >> 2), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
     "strided short": (Least(2 * M, 3 * M), Least(3 * M >> 1, 6 * M, 2 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
     # Blocks of so many strided classes are parts of an image, and must be copied.
     "strided": (Least(4 * M, 4 * M), Least(8 * M, None), Least(4 * M, 2 * M, None, 4 * M)),
