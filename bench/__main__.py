@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "time the loss beside the other implementations that are found here",
     "memory": "measure the peak memory of each implementation",
     "traffic": "what each implementation must move and hold, by a model that is checked against what it allocates",
+    "linear": "time the last linear layer with its loss, and measure its peak memory",
     "overhead": "what a call costs the CPU, whatever the size of the logits",
     "train": "train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss",
     "plot": "draw the plots of a folder's results again, and its page",

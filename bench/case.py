@@ -66,10 +66,7 @@ def inputs(case: Case, sets: int):
 
 
 def load(case: Case, name: str):
-    """The peer's function, or an error that says why it does not take the case."""
-    if reason := PEERS[name].refusal(case):
-        raise NotImplementedError(reason)
-    return PEERS[name].load()
+    return PEERS[name].load_for(case)
 
 
 def absence(error: Exception) -> dict:
@@ -100,10 +97,13 @@ def check_peer(case: Case, name: str, logits, target, truth) -> dict:
             del loss, gradient
     except Exception as error:
         return absence(error)
+    return verdict(worst, truth.allowed) | {"peak_bytes": peak}
+
+
+def verdict(errors: dict[str, float], allowed: dict[str, float]) -> dict:
     # At least one error is over what is allowed; written so that NaN is, too.
-    wrong = not all(error <= truth.allowed[what] for what, error in worst.items())
-    found = {"status": "wrong" if wrong else "right", "errors": worst, "allowed": truth.allowed}
-    return found | {"peak_bytes": peak}
+    wrong = not all(error <= allowed[what] for what, error in errors.items())
+    return {"status": "wrong" if wrong else "right", "errors": errors, "allowed": allowed}
 
 
 def own(name: str, logits):
@@ -168,6 +168,18 @@ def relative(difference, truth, summary) -> float:
 MOST_QUEUED = 32  # calls that a GPU may be behind: else the time that a block takes is not known
 
 
+def repeated(call, clock, seconds: float) -> list[float]:
+    """Call for so long, but at least once; milliseconds between the two marks that each call returns."""
+    marks = []
+    end = time.perf_counter() + seconds
+    while not marks or time.perf_counter() < end:
+        marks.append(call())
+        if len(marks) % MOST_QUEUED == 0:
+            clock.wait()
+    clock.wait()
+    return [clock.milliseconds(*pair) for pair in marks]
+
+
 class Timed:
     """A function of (logits, target) with its inputs, ready to be called."""
 
@@ -181,28 +193,20 @@ class Timed:
         return own(self.name, logits), target, logits
 
     def calls(self, factor: float, seconds: float) -> list[float]:
-        """Call for so long, but at least once; milliseconds of each call."""
-        todo = PASSES[self.case.mode]
-        times = []
-        end = time.perf_counter() + seconds
-        while not times or time.perf_counter() < end:
-            logits, target, fresh = next(self.inputs)
-            times.append(self.call(todo, logits, target, factor))
-            if logits is not fresh:
-                with torch.no_grad():
-                    logits.copy_(fresh)
-            if len(times) % MOST_QUEUED == 0:
-                self.clock.wait()
-        self.clock.wait()
-        return [self.clock.milliseconds(*pair) for pair in times]
+        return repeated(functools.partial(self.call, factor), self.clock, seconds)
 
-    def call(self, todo: Pass, logits, target, factor: float) -> tuple:
+    def call(self, factor: float) -> tuple:
         """The first and the last mark of one call."""
+        todo = PASSES[self.case.mode]
+        logits, target, fresh = next(self.inputs)
         loss, gradient, marks = step(self.case.mode, self.function, logits, target, factor, self.clock.mark)
         # Freed as in a training step, which is a part of what an allocation costs.
         del loss, gradient
         if todo.last == 2:
             marks[2] = self.clock.mark()
+        if logits is not fresh:
+            with torch.no_grad():
+                logits.copy_(fresh)
         return marks[todo.first], marks[todo.last]
 
 

@@ -47,32 +47,49 @@ def copies(case: Case, read: float, written: float, peak: float) -> Moved:
     return Moved(*(number * case.logits_bytes for number in (read, written, peak)))
 
 
-@dataclass(frozen=True)
-class Peer:
-    """An implementation: how to get it, what it takes, and what it must move.
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """How to get it, and what it takes.
 
-    `load()` returns a function of (logits, target) with the mean loss as its result, or raises whatever says why the
-    implementation cannot run here. `moved` is the model of its forward and backward, with an upstream gradient of 1,
-    as the adapter's docstring derives it; a row that is read again at once is counted once, as caches hold it.
+    `load()` returns its function, or raises whatever says why the implementation cannot run here.
     """
 
     load: Callable[[], Callable]
-    moved: Callable[[Case], Moved]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    images: bool = False  # takes (N, C, d1, ...) too
-    writes_logits: bool = False  # they must be fresh for each call
 
-    def refusal(self, case: Case) -> str | None:
+    def load_for(self, case):
+        """The function, or an error that says why it does not take the case."""
+        if reason := self.refusal(case):
+            raise NotImplementedError(reason)
+        return self.load()
+
+    def refusal(self, case) -> str | None:
         """Why the implementation does not take the case, or None."""
         device = torch.device(case.device).type
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if case.dtype not in self.dtypes:
             return f"is for {', '.join(self.dtypes)}, not for {case.dtype}"
-        if len(case.shape) > 2 and not self.images:
-            return "takes (N, C) only"
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer(Implementation):
+    """An implementation of the loss of logits: a function of (logits, target) with the mean loss as its result.
+
+    `moved` is the model of its forward and backward, with an upstream gradient of 1, as the adapter's docstring derives
+    it; a row that is read again at once is counted once, as caches hold it.
+    """
+
+    moved: Callable[[Case], Moved]
+    images: bool = False  # takes (N, C, d1, ...) too
+    writes_logits: bool = False  # they must be fresh for each call
+
+    def refusal(self, case: Case) -> str | None:
+        if len(case.shape) > 2 and not self.images:
+            return super().refusal(case) or "takes (N, C) only"
+        return super().refusal(case)
 
 
 def named(module: str, name: str):

@@ -31,7 +31,7 @@ beyond its arguments, the gradient included, as `python -m bench memory` measure
 """
 
 import statistics
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import ceil
 
@@ -71,14 +71,14 @@ def add_arguments(parser):
     report.add_out(parser)
 
 
-def add_peers(parser):
+def add_peers(parser, peers=PEERS):
     parser.add_argument(
-        "--peers", nargs="+", choices=[name for name in PEERS if name != OURS], help="baselines (default: all)"
+        "--peers", nargs="+", choices=[name for name in peers if name != OURS], help="baselines (default: all)"
     )
 
 
-def with_ours(peers: list[str] | None) -> list[str]:
-    return [OURS, *(peers or (name for name in PEERS if name != OURS))]
+def with_ours(names: list[str] | None, peers=PEERS) -> list[str]:
+    return [OURS, *(names or (name for name in peers if name != OURS))]
 
 
 def run(args) -> int:
@@ -189,18 +189,29 @@ def take_turns(case: Case, peers, seconds: float, sets: int, on_host=False) -> d
     factors = PASSES[case.mode].factors
     share = seconds / (ROUNDS * max(len(peers), 1) * len(factors))
     times = {pair: [] for pair in product(peers, factors)}
+    with prepared(peers, case, prepare, sets, on_host) as processes:
+        for factor, name in product(factors, turns(peers)):
+            times[name, factor] += processes[name].submit(block, name, factor, share).result()
+    return times
+
+
+@contextmanager
+def prepared(peers, case, prepare, *arguments):
+    """The processes of peers, by name, after `prepare(case, name, *arguments)` in each; on a GPU they share one."""
     with ExitStack() as stack:
         shared = None if case.device == "cpu" else stack.enter_context(fresh_process())
         processes = {name: shared or stack.enter_context(fresh_process()) for name in peers}
-        for ready in [process.submit(prepare, case, name, sets, on_host) for name, process in processes.items()]:
+        for ready in [process.submit(prepare, case, name, *arguments) for name, process in processes.items()]:
             ready.result()
-        for factor in factors:
-            order = list(peers)
-            for _ in range(ROUNDS):
-                for name in order:
-                    times[name, factor] += processes[name].submit(block, name, factor, share).result()
-                order.reverse()
-    return times
+        yield processes
+
+
+def turns(peers):
+    """A B C C B A and so on, `ROUNDS` turns of each."""
+    order = list(peers)
+    for _ in range(ROUNDS):
+        yield from order
+        order = order[::-1]
 
 
 def summarize(times: list[float] | None) -> dict:

@@ -1,5 +1,6 @@
-"""The shapes of the measurements, as people meet them."""
+"""The shapes of the measurements, as people meet them, and shapes as arguments of a command."""
 
+import argparse
 from typing import NamedTuple
 
 
@@ -62,6 +63,15 @@ SUITES = {
         Shape("16 tokens, GPT-2", (16, 50257)),
     ),
 }
+# The last layer of language models, (rows, features, classes): the first two take seconds on two cores of a CPU.
+LAYERS = (
+    Shape("2048 tokens, 1024 features, Llama 2", (2048, 1024, 32000)),
+    Shape("1024 tokens, 512 features, Llama 3", (1024, 512, 128256)),
+    Shape("8192 tokens, Llama 3.2 1B", (8192, 2048, 128256)),
+    Shape("8192 tokens, Llama 3.1 8B", (8192, 4096, 128256)),
+    Shape("8192 tokens, Qwen 3 1.7B", (8192, 2048, 151936)),
+    Shape("8192 tokens, Gemma 3 4B", (8192, 2560, 262144)),
+)
 ALL = [name for name in SUITES if name != "summary"]
 
 
@@ -69,3 +79,19 @@ def chosen(names: list[str]) -> list[tuple[str, Shape]]:
     """(suite, shape) for the suites of these names; "all" is each but the summary."""
     suites = dict.fromkeys(suite for name in names for suite in (ALL if name == "all" else [name]))
     return [(suite, shape) for suite in suites for shape in SUITES[suite]]
+
+
+def at_least_two(text: str) -> tuple[int, ...]:
+    return sizes(text, "two or more", lambda count: count >= 2)
+
+
+def three(text: str) -> tuple[int, ...]:
+    return sizes(text, "three", lambda count: count == 3)
+
+
+def sizes(text: str, described: str, enough) -> tuple[int, ...]:
+    """Those in an argument such as 8x19x512x512."""
+    found = tuple(int(size) if size.isdecimal() else 0 for size in text.split("x"))
+    if not enough(len(found)) or 0 in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {described} positive numbers with an x between them")
+    return found

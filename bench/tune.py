@@ -14,7 +14,6 @@ the numbers, unmeasured, and nothing has looked whether their kernels spill.
 Without a GPU nothing can be searched: the command prints what the plan chooses with the shipped numbers.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -28,13 +27,15 @@ from .case import absence
 from .peer import Case
 from .peers import OURS
 from .run import DTYPES, memory_needed, rotating_sets
-from .shapes import SUITES, chosen
+from .shapes import SUITES, at_least_two, chosen
 
 
 def add_arguments(parser):
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="shapes (default: all)")
-    shapes.add_argument("--shapes", nargs="+", type=shape, metavar="NxC", help="such as 4096x1000 or 8x19x512x512")
+    shapes.add_argument(
+        "--shapes", nargs="+", type=at_least_two, metavar="NxC", help="such as 4096x1000 or 8x19x512x512"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(default: bfloat16)")
     parser.add_argument(
         "--seconds",
@@ -43,13 +44,6 @@ def add_arguments(parser):
         help="for the timed calls of each candidate in each case (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=report.OUT / "tuning.json", help="(default: %(default)s)")
-
-
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(size) if size.isdecimal() else 0 for size in text.split("x"))
-    if len(sizes) < 2 or 0 in sizes:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two or more positive numbers with an x between them")
-    return sizes
 
 
 def run(args) -> int:
