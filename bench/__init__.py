@@ -1,11 +1,13 @@
 """Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
     __main__       the command line: a command is a module of this package
-    run, memory, traffic, overhead, train, tune, cpu_sizes, kernels, plot, compare
+    run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, plot, compare
                    the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation
-    shapes, tasks  what is measured: logits, and models to train
+    shapes, tasks  what is measured: logits and layers, and models to train
     case, workers  the calls themselves, and the processes they run in
+    linear_peers, linear_case
+                   the same of the last layer with its loss
     machine        the machine, its clock and its memory
     report         tables, JSON, and the page of a folder's results
     search, candidate

@@ -39,7 +39,7 @@ def run(args) -> int:
     results = [json.loads(path.read_text()) for path in (args.first, args.second)]
     for path, result in zip((args.first, args.second), results, strict=True):
         if not isinstance(result, dict) or "rows" not in result:
-            print(f"{path} is no result of run, memory, traffic or overhead", file=sys.stderr)
+            print(f"{path} is no result of run, memory, traffic, overhead or linear", file=sys.stderr)
             return 2
         print(f"{path}: {one_line(result['machine'])}; load {result['load_before']:.2f}")
     pairs = list(common(*(measured(result, args.peers) for result in results)))

@@ -117,7 +117,7 @@ def torch_compile() -> Callable:
 
 
 def torch_chunked(rows: int | None = None) -> Callable:
-    """F.linear_cross_entropy (PyTorch 2.13 and newer) with options=: its defaults, or chunks of as many rows as named."""
+    """F.linear_cross_entropy (PyTorch 2.13) with options: the defaults, or chunks of as many rows as the name says."""
     fused, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
     def loss(input, weight, target, reduction):

@@ -1,4 +1,4 @@
-"""The three training tasks: where the data comes from, the model, and the options given to the loss.
+"""The training tasks: where the data comes from, the model, and the options given to the loss.
 
 Nothing is downloaded: the language model reads Python's own standard library, the other two use the
 handwritten digits that ship with scikit-learn.
@@ -43,6 +43,10 @@ def standard_library() -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
 
 
+class Task:
+    layer_is_with_the_loss = False  # the last of the model, which then has `take_last_layer()`
+
+
 class Block(nn.Module):
     """A pre-norm transformer block with causal attention."""
 
@@ -65,6 +69,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Up to the logits; or, once its last layer is taken, up to that layer's input."""
+
     def __init__(self, vocabulary: int, context: int, width: int = 128, depth: int = 2, heads: int = 4):
         super().__init__()
         self.words = nn.Embedding(vocabulary, width)
@@ -78,8 +84,11 @@ class Transformer(nn.Module):
         x = self.words(ids) + self.positions.weight[: ids.shape[1]]
         return self.head(self.blocks(x)).flatten(0, 1)
 
+    def take_last_layer(self) -> nn.Linear:
+        return self.head.pop(-1)
 
-class LanguageModel:
+
+class LanguageModel(Task):
     """Predict the next word of Python source: logits (batch * context, 16384), the loss's default options."""
 
     steps = 120
@@ -117,7 +126,13 @@ class LanguageModel:
         return windows[:, :-1], windows[:, 1:].flatten()
 
 
-class Digits:
+class LanguageModelHead(LanguageModel):
+    """Predict the next word of Python source; the last layer, 128 to 16384, is with the loss of (batch * context, 128)."""
+
+    layer_is_with_the_loss = True
+
+
+class Digits(Task):
     """Classify 8x8 images of handwritten digits: logits (128, 10), label smoothing."""
 
     steps = 300
@@ -146,7 +161,7 @@ class Digits:
         return {name: share(is_right(model, *dataset)) for name, dataset in parts.items()}
 
 
-class Segment:
+class Segment(Task):
     """Label each pixel of a page of digits: logits (16, 11, 60, 60), class weights, ignored borders."""
 
     steps = 300
@@ -206,7 +221,7 @@ class Segment:
         return labels.masked_fill(near > digit, self.ignored)
 
 
-TASKS = {"lm": LanguageModel, "digits": Digits, "segment": Segment}
+TASKS = {"lm": LanguageModel, "lm-linear": LanguageModelHead, "digits": Digits, "segment": Segment}
 
 
 def digit_images():

@@ -1,13 +1,17 @@
 """Train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss, side by side.
 
-Two copies of one model get the same batches in turn, so that whatever else the machine does falls on both.
-At the end: both loss curves, the time of a step, the time and the memory of the loss, a plot and a JSON file.
-The exit status is 1 when the two losses disagree.
+Copies of one model get the same batches in turn, so that whatever else the machine does falls on all of them.
+At the end: the loss curves, the time of a step, the time and the memory of the loss, a plot and a JSON file.
+The exit status is 1 when the losses disagree.
 
 How it is measured. In each step the loss's own backward is run apart from the model's: the logits are
 detached, the loss gives their gradient, and the model's backward starts from it. The times are medians over
 the steps after the first few. The memory is what the loss holds at most, forward and backward together,
 beyond the logits, in its first call on the first batch; the gradient of the logits is part of it.
+
+With --linear the last layer of the language model is with the loss: torch.nn.Linear before either loss, and
+xent_ext.LinearCrossEntropyLoss. Time and memory are of both, beyond the layer's input, and the gradients of the
+layer's weight and bias are part of it.
 """
 
 import argparse
@@ -31,13 +35,36 @@ LOSSES = {
     "xent_ext": xent_ext.CrossEntropyLoss,
 }
 
+
+class LayerThenLoss(nn.Module):
+    def __init__(self, linear: nn.Linear, loss: nn.Module):
+        super().__init__()
+        self.linear, self.loss = linear, loss
+
+    def forward(self, input, target):
+        return self.loss(self.linear(input), target)
+
+
+def layer_with_loss(linear: nn.Linear) -> nn.Module:
+    fused = xent_ext.LinearCrossEntropyLoss(linear.in_features, linear.out_features, bias=True)
+    fused.linear = linear
+    return fused
+
+
+# For a task whose last layer is with the loss: of that layer.
+LAYER_LOSSES = {
+    "torch.nn": lambda linear: LayerThenLoss(linear, torch.nn.CrossEntropyLoss()),
+    "xent_ext": lambda linear: LayerThenLoss(linear, xent_ext.CrossEntropyLoss()),
+    "xent_ext, with the layer": layer_with_loss,
+}
+
 # The first steps pay for caches, compilation and memory pools.
 WARM_UP = 5
 
 
 @dataclass
 class Side:
-    """One of the two runs: its own copy of the model, and what was observed of it."""
+    """One of the runs: its own copy of the model, and what was observed of it."""
 
     criterion: nn.Module
     model: nn.Module
@@ -45,9 +72,18 @@ class Side:
     losses: list[float] = field(default_factory=list)
     times: list[dict[str, float]] = field(default_factory=list)  # milliseconds, one dict for each step
 
+    @property
+    def whole(self) -> nn.Module:
+        """What makes logits: the model, and its last layer where that is with the loss."""
+        layer = getattr(self.criterion, "linear", None)
+        return self.model if layer is None else nn.Sequential(self.model, layer)
+
 
 def add_arguments(parser):
     parser.add_argument("--task", choices=TASKS, default="lm", help="what to train (default: %(default)s)")
+    parser.add_argument(
+        "--linear", dest="task", action="store_const", const="lm-linear", help="the same as --task lm-linear"
+    )
     parser.add_argument("--steps", type=positive, help="training steps (default: enough for the task)")
     parser.add_argument("--seed", type=int, default=0, help="of the model and of the batches")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -69,7 +105,7 @@ def run(args) -> int:
 
 
 def compare(task_name: str, steps: int | None, seed: int, device: torch.device) -> dict:
-    """Train both sides; return all that the report needs, ready for JSON."""
+    """Train all sides; return all that the report needs, ready for JSON."""
     print(f"Preparing {task_name} on {device} ...", flush=True)
     begun = report.begin("train", device)
     task = TASKS[task_name](seed, device)
@@ -86,7 +122,7 @@ def compare(task_name: str, steps: int | None, seed: int, device: torch.device) 
         "steps": steps,
         "warm_up": warm_up(steps),
         "logits": first["logits"],
-        "parameters": sum(parameter.numel() for parameter in sides["torch.nn"].model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in sides["torch.nn"].whole.parameters()),
         "memory_method": machine.MEMORY_METHOD[device.type],
         "losses": {name: side.losses for name, side in sides.items()},
         "times_ms": {name: side.times for name, side in sides.items()},
@@ -100,45 +136,48 @@ def make_sides(task, seed: int, device: torch.device) -> dict[str, Side]:
     torch.manual_seed(seed)
     model = task.model().to(device)
     sides = {}
-    for name, make_loss in LOSSES.items():
+    with_layer = task.layer_is_with_the_loss
+    for name, make_loss in (LAYER_LOSSES if with_layer else LOSSES).items():
         own = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(own.parameters(), lr=task.rate)
-        sides[name] = Side(make_loss(**task.loss_options), own, optimizer)
+        options = {"linear": own.take_last_layer()} if with_layer else task.loss_options
+        sides[name] = Side(make_loss(**options), own, optimizer)
     return sides
 
 
 def first_calls(sides: dict[str, Side], batch, device) -> dict:
-    """Both losses on the same logits: how much memory each takes, and how far their results are apart.
+    """All losses on the same input: how much memory each takes, and how far their results are apart.
 
     These are the first calls, so that buffers which an implementation keeps for later calls are counted.
     """
     inputs, target = batch
     with torch.no_grad():
         logits = sides["torch.nn"].model(inputs)
+        shape = sides["torch.nn"].whole(inputs).shape
     logits.requires_grad_()
 
     def forward_and_backward(side):
         loss = side.criterion(logits, target)
-        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+        return loss.detach(), torch.autograd.grad(loss, [logits, *side.criterion.parameters()])
 
     results, peaks = {}, {}
     for name, side in sides.items():
         results[name], peaks[name] = machine.peak_memory(partial(forward_and_backward, side), device)
-    (our_loss, our_gradient), (their_loss, their_gradient) = results["xent_ext"], results["torch.nn"]
+    losses, gradients = zip(*results.values(), strict=True)
     return {
-        "logits": list(logits.shape),
+        "logits": list(shape),
         "peak_bytes": peaks,
         # The curves alone would hide a gradient of a wrong scale: AdamW divides it out.
         "difference": {
-            "first_loss": relative_difference(our_loss, their_loss),
-            "first_gradient": relative_difference(our_gradient, their_gradient),
+            "first_loss": largest_difference(losses),
+            "first_gradient": max_of(largest_difference(each) for each in zip(*gradients, strict=True)),
         },
     }
 
 
 def train(sides: dict[str, Side], task, steps: int, clock):
     order = list(sides.values())
-    with tqdm(range(steps), desc="Training both", unit="step") as progress:
+    with tqdm(range(steps), desc="Training", unit="step") as progress:
         for _ in progress:
             inputs, target = task.batch()
             for side in order:
@@ -156,8 +195,11 @@ def train_step(side: Side, inputs, target, clock):
     loss = side.criterion(logits, target)
     between = clock.mark()
     # Not loss.backward(): storing a gradient in .grad may copy it, which a real training step does not do.
-    (gradient,) = torch.autograd.grad(loss, logits)
+    of_layer = list(side.criterion.parameters())
+    gradient, *gradients = torch.autograd.grad(loss, [logits, *of_layer])
     after_loss = clock.mark()
+    for parameter, found in zip(of_layer, gradients, strict=True):
+        parameter.grad = found
     output.backward(gradient)
     side.optimizer.step()
     side.optimizer.zero_grad()
@@ -181,16 +223,18 @@ def warm_up(steps: int) -> int:
 def summarize(side: Side, peak_bytes: int, task) -> dict:
     timed = side.times[warm_up(len(side.times)) :]
     medians = {f"{part}_ms": statistics.median(times[part] for times in timed) for part in timed[0]}
-    return {**medians, "loss_peak_bytes": peak_bytes, "metrics": task.evaluate(side.model)}
+    return {**medians, "loss_peak_bytes": peak_bytes, "metrics": task.evaluate(side.whole)}
 
 
 def speed_up(summary: dict, what: str) -> float:
-    return summary["torch.nn"][what] / summary["xent_ext"][what]
+    """How many times as fast the last is as the first."""
+    first, *_, last = summary.values()
+    return first[what] / last[what]
 
 
 # How much the results of two right implementations may differ, as a part of the largest value.
 TOLERANCE = {
-    # On the same logits float32 results differ by rounding: 1e-5 is about a hundred roundings.
+    # On the same input float32 results differ by rounding: 1e-5 is about a hundred roundings.
     "first_loss": 1e-5,
     "first_gradient": 1e-5,
     # Training may amplify the rounding. PyTorch beside PyTorch with a random error of one or two roundings
@@ -207,9 +251,15 @@ def agreement(difference: dict[str, float]) -> dict:
 
 
 def curve_difference(sides: dict[str, Side]) -> float:
-    ours, theirs = (torch.tensor(sides[name].losses) for name in ("xent_ext", "torch.nn"))
-    return relative_difference(ours, theirs)
+    return largest_difference([torch.tensor(side.losses) for side in sides.values()])
 
 
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def largest_difference(results) -> float:
+    """Of each from the first, relative to its largest value."""
+    first, *others = results
+    return max_of((other - first).abs().max() / first.abs().max() for other in others)
+
+
+def max_of(differences) -> float:
+    """NaN where one is."""
+    return torch.tensor(list(differences)).max().item()

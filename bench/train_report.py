@@ -19,21 +19,21 @@ def text(result: dict) -> str:
 
 
 def curves(result: dict) -> str:
-    """Both loss curves at a few steps, always with the first and the last."""
+    """The loss curves at a few steps, always with the first and the last; the last curve's difference to the first."""
     names, losses = list(result["losses"]), result["losses"].values()
     last = result["steps"] - 1
     steps = sorted({round(row * last / (CURVE_ROWS - 1)) for row in range(CURVE_ROWS)})
     rows = []
     for step in steps:
-        a, b = (curve[step] for curve in losses)
-        rows.append([str(step + 1), f"{a:.6f}", f"{b:.6f}", f"{b - a:+.1e}"])
+        first, *_, latest = found = [curve[step] for curve in losses]
+        rows.append([str(step + 1), *(f"{loss:.6f}" for loss in found), f"{latest - first:+.1e}"])
     return table(["loss at step", *names, "difference"], rows)
 
 
 def measures(result: dict) -> str:
-    a, b = result["summary"].values()
+    names, sides = zip(*result["summary"].items(), strict=True)
     rows = [
-        [label, f"{a[key]:.3f}", f"{b[key]:.3f}", ratio(a[key], b[key])]
+        [label, *(f"{side[key]:.3f}" for side in sides), ratio(sides[0][key], sides[-1][key])]
         for label, key in (
             ("step, ms", "step_ms"),
             ("the loss, ms", "loss_ms"),
@@ -41,28 +41,28 @@ def measures(result: dict) -> str:
             ("  its backward", "loss_backward_ms"),
         )
     ]
-    peaks = [side["loss_peak_bytes"] / 2**20 for side in (a, b)]
-    rows.append(["peak memory of the loss, MiB", *(f"{peak:.2f}" for peak in peaks), ratio(*peaks)])
-    rows += [[name, f"{a['metrics'][name]:.4f}", f"{b['metrics'][name]:.4f}", ""] for name in a["metrics"]]
+    peaks = [side["loss_peak_bytes"] / 2**20 for side in sides]
+    rows.append(["peak memory of the loss, MiB", *(f"{peak:.2f}" for peak in peaks), ratio(peaks[0], peaks[-1])])
+    rows += [[name, *(f"{side['metrics'][name]:.4f}" for side in sides), ""] for name in sides[0]["metrics"]]
     timed = result["steps"] - result["warm_up"]
     notes = (
         f"Times: medians of {timed} steps, taken in turn, after {result['warm_up']} to warm up.\n"
         f"Memory: {result['memory_method']};\n"
-        "forward and backward together, with the gradient of the logits."
+        "forward and backward together, with the gradients."
     )
-    return table(["", *result["summary"], "torch.nn / xent_ext"], rows) + "\n" + notes
+    return table(["", *names, f"{names[0]} / {names[-1]}"], rows) + "\n" + notes
 
 
 def verdict(result: dict) -> str:
     difference, tolerance = result["agreement"]["difference"], result["agreement"]["tolerance"]
     labels = {
-        "first_loss": "loss on the same logits",
-        "first_gradient": "gradient on the same logits",
+        "first_loss": "loss on the same input",
+        "first_gradient": "gradients on the same input",
         "curves": "loss curves",
     }
     rows = [[labels[what], f"{difference[what]:.1e}", f"{tolerance[what]:.1e}"] for what in difference]
     speed_up = result["speed_up"]
-    ending = "The two losses agree." if result["agreement"]["agree"] else "THE TWO LOSSES DO NOT AGREE."
+    ending = "The losses agree." if result["agreement"]["agree"] else "THE LOSSES DO NOT AGREE."
     return (
         f"{table(['largest relative difference', 'found', 'allowed'], rows)}\n{ending}\n"
         f"Speed-up: the loss {speed_up['loss']:.2f}x, the whole step {speed_up['step']:.2f}x."
@@ -70,7 +70,7 @@ def verdict(result: dict) -> str:
 
 
 def figure(result: dict) -> Figure:
-    """Left the two loss curves, right where the time of a step goes."""
+    """Left the loss curves, right where the time of a step goes."""
     drawn = Figure(figsize=(11, 4.5), layout="constrained")
     drawn.suptitle(f"{result['task']}, logits {tuple(result['logits'])}")
     drawn.supxlabel(one_line(result["machine"]), fontsize=6)
@@ -81,9 +81,13 @@ def figure(result: dict) -> Figure:
 
 
 def plot_curves(axes, losses: dict):
-    # The curves lie on each other: the second is thin and dashed, so that both are seen.
-    styles = ({"linewidth": 4, "alpha": 0.4}, {"linewidth": 1.2, "linestyle": "--"})
-    for (name, curve), style in zip(losses.items(), styles, strict=True):
+    # The curves lie on each other: the first is thick and the others thin, so that all are seen.
+    styles = (
+        {"linewidth": 4, "alpha": 0.4},
+        {"linewidth": 1.2, "linestyle": "--"},
+        {"linewidth": 1.2, "linestyle": ":", "color": "black"},
+    )
+    for (name, curve), style in zip(losses.items(), styles, strict=False):
         axes.plot(range(1, len(curve) + 1), curve, label=name, **style)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend()

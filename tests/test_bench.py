@@ -79,7 +79,7 @@ def test_both_losses_train_alike(task, device, tmp_path, capsys):
         assert f"{curve[-1]:.6f}" in printed
     assert machine.describe() == result["machine"]
     assert machine.one_line(result["machine"]) in printed
-    assert "The two losses agree." in printed
+    assert "The losses agree." in printed
     assert (tmp_path / f"{task}.png").read_bytes().startswith(b"\x89PNG")
 
 
