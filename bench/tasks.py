@@ -127,7 +127,7 @@ class LanguageModel(Task):
 
 
 class LanguageModelHead(LanguageModel):
-    """Predict the next word of Python source; the last layer, 128 to 16384, is with the loss of (batch * context, 128)."""
+    """Predict the next word of Python source; the last layer, 128 to 16384, is with the loss."""
 
     layer_is_with_the_loss = True
 
