@@ -26,10 +26,9 @@ def text(result: dict) -> str:
 
 
 def row_text(row: dict) -> str:
-    title = f"{row['what']}: " if row["what"] else ""
     body = [[name, *cells(peer)] for name, peer in row["peers"].items() if peer["status"] != "absent"]
     floor = f"the gradients alone take {mebibytes(row['floor_bytes'])} MiB"
-    return f"{title}{case_name(row)}; {floor}\n{table(HEADER, body)}"
+    return f"{row['what']}: {case_name(row)}; {floor}\n{table(HEADER, body)}"
 
 
 def cells(peer: dict) -> list[str]:
