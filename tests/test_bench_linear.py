@@ -19,6 +19,7 @@ from bench.__main__ import main
 from bench.linear_case import Truth, check, layer_of, step
 from bench.linear_peers import OURS, PEERS, VARIANTS, LayerCase, LayerPeer, eager
 from bench.shapes import Shape
+from xent_ext import cpu
 
 CPU = torch.device("cpu")
 SHAPE = (40, 16, 70)
@@ -233,15 +234,15 @@ def test_truth_is_that_of_all_rows(monkeypatch):
 
 
 def test_chunks_hold_less_than_all_logits():
-    """What is measured is what `explain_linear` says, but for some numbers a row."""
-    case = make_case(shape=(600, 16, 2000))
+    """What is measured is what `explain_linear` says, but for a block's buffer and some numbers a row."""
+    case = make_case(shape=(600, 64, 8000))
     layer = layer_of(case)
     said = xent_ext.explain_linear(*layer[:3]).traffic
     found = check(case, [OURS, "torch_eager"])
-    logits = 600 * 2000 * 4
+    logits = 600 * 8000 * 4
     assert found["torch_eager"]["peak_bytes"] > 3 * logits
-    assert said.numbers["rows"] == 256
-    assert 0 <= found[OURS]["peak_bytes"] - said.memory < 256 << 10
+    assert said.numbers["rows"] < 600
+    assert 0 <= found[OURS]["peak_bytes"] - said.memory < cpu.BLOCK_BYTES + (256 << 10)
 
 
 # The adapters
@@ -324,11 +325,11 @@ def test_shapes_are_three_numbers(shape, capsys):
 
 @pytest.fixture
 def small_lm(monkeypatch):
-    """The language model on a little text, with fewer words and shorter windows."""
+    """The language model on a little text, with fewer words and shorter windows; their logits are made in chunks."""
     text = Path(tasks.__file__).read_text() * 20
     monkeypatch.setattr(tasks, "standard_library", lambda: text)
-    monkeypatch.setattr(tasks.LanguageModel, "vocabulary", 512)
-    monkeypatch.setattr(tasks.LanguageModel, "context", 48)
+    monkeypatch.setattr(tasks.LanguageModel, "vocabulary", 4096)
+    monkeypatch.setattr(tasks.LanguageModel, "context", 64)
 
 
 @pytest.mark.usefixtures("small_lm")
@@ -336,12 +337,12 @@ def test_last_layer_trains_with_the_loss(tmp_path, capsys):
     assert main(["train", "--linear", "--steps", "6", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "lm-linear.json").read_text())
     assert result["agreement"]["agree"]
-    assert result["logits"] == [16 * 48, 512]
+    assert result["logits"] == [16 * 64, 4096]
     curves = result["losses"]
     assert list(curves) == ["torch.nn", "xent_ext", "xent_ext, with the layer"]
     assert all(len(curve) == 6 and curve[-1] < curve[0] for curve in curves.values())
     theirs, ours, layer = (side["loss_peak_bytes"] for side in result["summary"].values())
-    assert theirs >= ours > layer  # few logits take PyTorch's own
+    assert theirs > ours > layer
     # All train the same parameters: the model's, and the last layer's.
     plain = train.make_sides(tasks.LanguageModel(0, CPU), 0, CPU)["torch.nn"].model
     assert result["parameters"] == sum(parameter.numel() for parameter in plain.parameters())
