@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import xent_ext
+from xent_ext import memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,7 +85,12 @@ MEMORY_METHOD = {
 
 
 def peak_memory(work, device: torch.device):
-    """Call `work`; return its result and the most bytes held at one time beyond those held before."""
+    """Call `work`; return its result and the most bytes held at one time beyond those held before.
+
+    What xent_ext has kept of earlier calls is let go before, so that it is counted when it is made anew.
+    """
+    memory.forget()
+    memory._buffers = threading.local()
     return (_peak_on_gpu if device.type == "cuda" else _peak_on_cpu)(work, device)
 
 

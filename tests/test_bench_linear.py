@@ -245,6 +245,14 @@ def test_chunks_hold_less_than_all_logits():
     assert 0 <= found[OURS]["peak_bytes"] - said.memory < cpu.BLOCK_BYTES + (256 << 10)
 
 
+def test_memory_that_was_kept_is_counted():
+    """Each holds what it holds alone: our other loss, too, though its gradient has the size of the layer's."""
+    case = make_case(shape=(640, 640, 4000))
+    alone = check(case, ["with_our_loss"])["with_our_loss"]["peak_bytes"]
+    after = check(case, [OURS, "with_our_loss"])["with_our_loss"]["peak_bytes"]
+    assert alone == after > 2 * 640 * 4000 * 4  # the logits and their gradient
+
+
 # The adapters
 
 
@@ -328,7 +336,7 @@ def small_lm(monkeypatch):
     """The language model on a little text, with fewer words and shorter windows; their logits are made in chunks."""
     text = Path(tasks.__file__).read_text() * 20
     monkeypatch.setattr(tasks, "standard_library", lambda: text)
-    monkeypatch.setattr(tasks.LanguageModel, "vocabulary", 4096)
+    monkeypatch.setattr(tasks.LanguageModel, "vocabulary", 8192)
     monkeypatch.setattr(tasks.LanguageModel, "context", 64)
 
 
@@ -337,7 +345,7 @@ def test_last_layer_trains_with_the_loss(tmp_path, capsys):
     assert main(["train", "--linear", "--steps", "6", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "lm-linear.json").read_text())
     assert result["agreement"]["agree"]
-    assert result["logits"] == [16 * 64, 4096]
+    assert result["logits"] == [16 * 64, 8192]
     curves = result["losses"]
     assert list(curves) == ["torch.nn", "xent_ext", "xent_ext, with the layer"]
     assert all(len(curve) == 6 and curve[-1] < curve[0] for curve in curves.values())
