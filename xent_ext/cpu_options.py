@@ -127,14 +127,15 @@ class Walk:
         return row.s.log() + row.m
 
     def memory(self, x, g):
-        """Where a block's probabilities go: its gradient, or a buffer where that is narrower, or holds the logits."""
-        own = g is not None and x.dtype == self.rows.acc and not self.rows.problem.inplace
-        return g if own else buffer_like(x, self.rows.acc)
+        """Where a block's probabilities go: its gradient, also in the logits' place, or a buffer if that is narrower."""
+        return g if g is not None and x.dtype == self.rows.acc else buffer_like(x, self.rows.acc)
 
     def block(self, x, g, q, index, ignored, row, more):
         """Fill in the values of a block's rows; write their gradient to g, unless that is None."""
         p = self.memory(x, g)
         given = x
+        if "slope" in more and p is g and self.rows.problem.inplace:  # which needs the logits when they are overwritten
+            given = buffer_like(x, self.rows.acc, "given").copy_(x)
         if x.dtype != self.rows.acc:
             x = buffer_like(x, self.rows.acc, "widened").copy_(x)
         z, capped = self.transformed(x)
@@ -181,11 +182,11 @@ class Walk:
         if index is not None:
             gather(z, index, out=row.z)
             torch.mul(row.point, row.z - row.m, out=row.dot)
-        softmax(z, p)
-        torch.amax(p, -1, out=row.s).reciprocal_()
         b, distance = None, None
         if self.rows.dense or NEED_DISTANCE & more.keys():
             distance = torch.sub(z, row.m.unsqueeze(-1), out=buffer_like(z, self.rows.acc, "distance"))
+        softmax(z, p)  # after this there are no logits, where p takes their place
+        torch.amax(p, -1, out=row.s).reciprocal_()
         if self.rows.dense:
             b = self.dense_mass(q)
             row.mass.add_(b.expand(p.shape).sum(-1))
