@@ -127,7 +127,7 @@ class Walk:
         return row.s.log() + row.m
 
     def memory(self, x, g):
-        """Where a block's probabilities go: its gradient, also in place of the logits, or a buffer if it is narrower."""
+        """Where a block's probabilities go: its gradient, even in the logits' place, or a buffer where that is half."""
         return g if g is not None and x.dtype == self.rows.acc else buffer_like(x, self.rows.acc)
 
     def block(self, x, g, q, index, ignored, row, more):
