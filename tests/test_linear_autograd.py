@@ -429,6 +429,25 @@ def test_few_logits_are_made_at_once(monkeypatch, reduction):
     assert "made at once" in xent_ext.explain_linear(*given[:2], given[3]).reason
 
 
+@pytest.mark.parametrize("rows", [0, 7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_class_weights_of_half_precision_with_few_logits(monkeypatch, rows, dtype, probabilities):
+    monkeypatch.undo()
+    input, weight, _, target = make((rows,), dtype=dtype, probabilities=probabilities)
+    class_weight = torch.rand(11).to(dtype)
+    loss = xent_ext.linear_cross_entropy(input, weight, target, weight=class_weight, reduction="sum")
+    (right,) = expected(
+        *[each.detach().float() for each in (input, weight)],
+        None,
+        target,
+        class_weight=class_weight.float(),
+        reduction="sum",
+    )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, right, rtol=1e-2, atol=1e-2)
+
+
 def test_weights_of_several_dimensions():
     input = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 3, 2, 8, dtype=torch.float64, requires_grad=True)

@@ -131,10 +131,10 @@ class Rows:
     def unfused(self, owner):
         """The layer, and then the loss."""
         logits = linear_autograd.logits_of(self.call, self.tensors, self.layer)
-        options = self.options
+        arguments, options = self.arguments._replace(input=logits), self.options
         if Options.that_differ(**options._asdict()) == {"dtype": options.dtype}:
-            logits, options = logits.to(options.dtype), None  # as a plain call, which is quicker
-        found = dispatch.cross_entropy(owner, self.arguments._replace(input=logits), options)
+            arguments, options = in_dtype(arguments, options.dtype), None  # a plain call, which is quicker
+        found = dispatch.cross_entropy(owner, arguments, options)
         loss, stats = found if self.options.return_stats else (found, None)
         if stats is None:
             return self.by_row(loss)
@@ -159,6 +159,14 @@ def of_loss(arguments, logits, target):
     return Arguments(
         logits, target, arguments.weight, None, ignore_index, None, arguments.reduction, arguments.label_smoothing
     )
+
+
+def in_dtype(arguments, dtype):
+    """With logits of this dtype, and class weights where they must have that of the logits."""
+    weight = arguments.weight
+    if weight is not None and not arguments.target.is_floating_point():
+        weight = weight.to(dtype)
+    return arguments._replace(input=arguments.input.to(dtype), weight=weight)
 
 
 def shifted(arguments, options):
