@@ -358,6 +358,16 @@ def test_normalizer_of_every_kind(many_blocks):
     )
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@both_targets
+def test_sample_weights_of_0_that_are_learned(many_blocks, probabilities, ignored):
+    args = call(probabilities=probabilities, ignored=ignored, on_all_ignored="zero", sample_weight="sample_weight")
+    args["sample_weight"] = torch.zeros_like(args["sample_weight"], requires_grad=True)
+    ours, theirs = outcome(xent_ext.cross_entropy, args), outcome(plain, args)
+    torch.testing.assert_close(ours, theirs)
+    assert not ours["d sample_weight"].any()
+
+
 def test_a_mask_is_a_sample_weight(many_blocks):
     args = call(ignored=0.0)
     mask = torch.arange(7) < 4

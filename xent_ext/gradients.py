@@ -88,12 +88,9 @@ def sample_weight_gradient(problem, tensors, losses, upstream):
         if normalizer is None:
             weights = torch.ones_like(losses) if weights is None else weights
             f = f if counted is None else torch.where(counted, f, 0.0)
-            normalizer = (f * weights).sum()
+            normalizer = reference.mean_divisor((f * weights).sum(), problem.on_all_ignored)
             losses = losses - weights * ((f * losses).sum() / normalizer)
-        if problem.on_all_ignored == "zero":
-            upstream = torch.where(normalizer == 0, 0.0, upstream)
-            normalizer = torch.where(normalizer == 0, 1.0, normalizer)
-        upstream = upstream / normalizer
+        upstream = upstream / reference.mean_divisor(normalizer, problem.on_all_ignored)
     found = upstream * losses
     return found if counted is None else torch.where(counted, found, 0.0)
 

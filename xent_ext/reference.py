@@ -156,12 +156,16 @@ def reduced(losses, weights, counted, sample_weight, normalizer, reduction, on_a
         return total
     if normalizer is None:
         normalizer = losses.numel() if weights is None else weights.sum()
-    if on_all_ignored == "zero":
-        if isinstance(normalizer, torch.Tensor):
-            normalizer = torch.where(normalizer == 0, torch.inf, normalizer)
-        else:
-            normalizer = normalizer or torch.inf
-    return total / normalizer
+    return total / mean_divisor(normalizer, on_all_ignored)
+
+
+def mean_divisor(normalizer, on_all_ignored):
+    """What a mean divides by: inf in place of 0, if that is to give 0."""
+    if on_all_ignored != "zero":
+        return normalizer
+    if isinstance(normalizer, torch.Tensor):
+        return torch.where(normalizer == 0, torch.inf, normalizer)
+    return normalizer or torch.inf
 
 
 def row_weights(problem, tensors, like):
