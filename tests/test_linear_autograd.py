@@ -329,6 +329,17 @@ def test_autocast_with_mixed_dtypes():
     assert [each.dtype for each in torch.autograd.grad(loss, (input, half))] == [torch.float32, torch.bfloat16]
 
 
+def test_backward_under_autocast():
+    """Its products are in the dtype of those of the forward pass, with rows that are ignored and without."""
+    for ignored in (0.0, 0.5):
+        input, weight, _, target = make(dtype=torch.float32, ignored=ignored)
+        loss = xent_ext.linear_cross_entropy(input, weight, target, reduction="sum", return_stats=("lse",))[1].lse.sum()
+        (right,) = torch.autograd.grad(loss, input, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = torch.autograd.grad(loss, input)
+        assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize("accumulate_dtype", [None, torch.float32])
 def test_the_dtype_of_the_sum(accumulate_dtype):
     input, weight, bias, target = make((512,), 64, 300, torch.bfloat16, ignored=0.0)
@@ -469,6 +480,16 @@ def test_pytorchs_backend(monkeypatch):
     torch.testing.assert_close(found, right)
 
 
+@every_reduction
+def test_no_features(reduction):
+    input, weight, bias, target = make((2, 5), features=0)
+    loss = xent_ext.linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=reduction)
+    right = F.cross_entropy(F.linear(input, weight, bias).movedim(-1, 1), target, reduction=reduction)
+    torch.testing.assert_close(loss, right)
+    mine, theirs = [torch.autograd.grad(value.sum(), (input, weight, bias)) for value in (loss, right)]
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_no_rows():
     weight = torch.randn(11, 8, requires_grad=True)
     for reduction in REDUCTIONS:
@@ -589,7 +610,14 @@ def test_explained_products_are_those_that_are_made(monkeypatch, reduction):
         (TypeError, "chunk_rows must be an int", {"chunk_rows": 2.5}),
         (ValueError, "accumulate_dtype must hold every value of torch.float32", {"accumulate_dtype": torch.bfloat16}),
         (RuntimeError, "sample_weight must have one factor for each row", {"sample_weight": torch.rand(4)}),
-        (RuntimeError, r"\(B, T, C\)", {"shift": True}),
+        (RuntimeError, r"\(B, T, D\), .*, got \(5, 8\)", {"shift": True}),
+        (
+            RuntimeError,
+            r"\(1, 5, 11\) for class probabilities, .* input of shape \(1, 5, 8\), got \(5,\)",
+            {"shift": True, "input": torch.rand(1, 5, 8)},
+        ),
+        (NotImplementedError, "input must be float16, .*, got torch.complex64", {"input": torch.rand(5, 8) + 0j}),
+        (NotImplementedError, "got torch.int64", {"input": torch.ones(5, 8).long()}),
         (ValueError, "softcap must be positive", {"softcap": -1.0}),
     ],
 )

@@ -141,6 +141,20 @@ def test_under_compiled_autograd():
     torch.testing.assert_close(mine, list(torch.autograd.grad(right, given[:3])))
 
 
+@recent
+@pytest.mark.parametrize("strict", [False, True], ids=["tracing", "strict"])
+def test_export_with_a_dynamic_batch_size(strict):
+    module = xent_ext.LinearCrossEntropyLoss(8, 11)
+    input, _, _, target = make(dtype=torch.float32)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        module, (input.detach(), target), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
+    )
+    assert "xent_ext" not in str(program.graph)
+    for size in (4, 23):
+        torch.testing.assert_close(program.module()(input[:size], target[:size]), module(input[:size], target[:size]))
+
+
 def test_where_the_graph_may_break():
     given = make()
     found, right = torch.compile(loss_of, backend="eager")(given), loss_of(given)

@@ -366,18 +366,22 @@ def stat_names(return_stats) -> tuple:
     return tuple(return_stats)
 
 
-def check_shift(input, target, sample_weight):
-    """Raise RuntimeError unless the logits are (B, T, C) and what goes with them has their positions."""
+def check_shift(input, target, sample_weight, classes=None):
+    """Raise RuntimeError unless the logits are (B, T, C) and what goes with them has their positions.
+
+    With `classes`, `input` is that of the last layer, (B, T, D).
+    """
     for name, value in (("input", input), ("target", target), ("sample_weight", sample_weight)):
         if not isinstance(value, Tensor) and not (name == "sample_weight" and value is None):
             raise TypeError(f"{name} must be a Tensor, got {_described(value)}")
-    shape = tuple(input.shape)
+    shape, last = tuple(input.shape), "C" if classes is None else "D"
     if len(shape) != 3 or not shape[1]:
-        raise RuntimeError(f"input must have shape (B, T, C), with T of at least 1, with shift=True, got {shape}")
-    if tuple(target.shape) not in (shape[:2], shape):
-        classes_first = tuple(target.shape) == (shape[0], shape[2])
+        raise RuntimeError(f"input must have shape (B, T, {last}), with T of at least 1, with shift=True, got {shape}")
+    logits = shape if classes is None else (*shape[:2], classes)
+    if tuple(target.shape) not in (shape[:2], logits):
+        classes_first = classes is None and tuple(target.shape) == (shape[0], shape[2])
         raise RuntimeError(
-            f"target must have shape {shape[:2]} for class indices, or {shape} for class probabilities, with "
+            f"target must have shape {shape[:2]} for class indices, or {logits} for class probabilities, with "
             f"shift=True and an input of shape {shape}, got {tuple(target.shape)}"
             + classes_first
             * ". Classes must be the last dimension of input; pass input.transpose(1, 2)"
@@ -474,6 +478,8 @@ def check_layer(arguments, dtype, autocast):
             raise TypeError(f"{name} must be a Tensor, got {_described(value)}")
     if input.dim() < 1:
         raise RuntimeError("input must have shape (*, D), with any number of leading dimensions, got ()")
+    if input.dtype not in _LOGITS:
+        raise _logits_dtype_error(input)
     if weight.dim() < 2:
         raise RuntimeError(f"linear_weight must have shape (C, D) or (C, d1, ..., D), got {tuple(weight.shape)}")
     if input.shape[-1] != weight.shape[-1]:

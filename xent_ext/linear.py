@@ -307,7 +307,8 @@ class Sums:
         if isinstance(chunk.rows, slice) and self.input.dtype == g.dtype:
             torch.mm(g, weight, out=self.input[chunk.rows])
         else:
-            chunk.put(self.input, torch.mm(g, weight))
+            made = g.new_empty(g.shape[0], weight.shape[1])
+            chunk.put(self.input, torch.mm(g, weight, out=made))  # which autocast leaves alone
 
     def add_weight(self, g, x):
         """g^T x: the first chunk's is written, that of the others added."""

@@ -1,6 +1,7 @@
 """The last linear layer with its loss: from a call as it comes to who takes it."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -95,14 +96,15 @@ class Rows:
         checks.check_targets_of_rows(input, classes, target, f)
         self.batch = input.shape[:-1]
         target = target.reshape(-1, classes) if target.shape == (*self.batch, classes) else target.reshape(-1)
-        logits = input.new_empty((), dtype=dtype).expand(self.batch.numel(), classes)
+        rows = math.prod(self.batch)  # torch.Size.numel would make a number of a dynamic size
+        logits = input.new_empty((), dtype=dtype).expand(rows, classes)
         self.options = options._replace(
             dtype=options.dtype or accumulation_dtype(dtype),
             sample_weight=f.reshape(-1) if isinstance(f, Tensor) else f,
         )
         self.arguments = of_loss(arguments, logits, target)
         problem, tensors = call.prepare(self.arguments, self.options)
-        self.tensors = tensors._replace(input=input.reshape(-1, features))
+        self.tensors = tensors._replace(input=input.reshape(rows, features))
         self.layer = Layer(arguments.linear_weight, arguments.linear_bias)
         numbers = arguments.chunk_rows, arguments.accumulate_dtype, arguments.max_counted_rows
         self.call = Call(problem, self.needed(), dtype, *numbers)
@@ -172,8 +174,7 @@ def in_dtype(arguments, dtype):
 def shifted(arguments, options):
     """Without the last position of the input, and the first of what belongs to the position after it."""
     input, target, f = arguments.input, arguments.target, options.sample_weight
-    logits = input.new_empty(()).expand(*input.shape[:-1], arguments.linear_weight.shape[0])
-    checks.check_shift(logits, target, f)
+    checks.check_shift(input, target, f, classes=arguments.linear_weight.shape[0])
     return (
         arguments._replace(input=input[:, :-1], target=target[:, 1:]),
         options._replace(sample_weight=None if f is None else f[:, 1:], shift=False),
