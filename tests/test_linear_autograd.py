@@ -400,6 +400,14 @@ def test_module_with_options():
     torch.testing.assert_close((loss, stats.lse), (right, right_stats.lse))
 
 
+def test_the_repr_of_a_module_says_what_it_was_given():
+    options = {"softcap": 3.0, "loss_dtype": torch.float64, "chunk_rows": 5, "accumulate_dtype": torch.float32}
+    shown = xent_ext.LinearCrossEntropyLoss(8, 11, **options).extra_repr()
+    for name, value in options.items():
+        assert f", {name}={value!r}" in shown
+    assert "max_counted_rows" not in shown
+
+
 def test_tied_embeddings():
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(11, 8, dtype=torch.float64)

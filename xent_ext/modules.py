@@ -161,7 +161,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """
 
     _xent_ext_options: dict[str, Any] | None = None
-    _xent_ext_chunks: tuple[Any, ...] = (None, None, None)
+    _xent_ext_chunks: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -210,12 +210,18 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             return_stats=return_stats,
             shift=shift,
         )
-        self._xent_ext_chunks = chunk_rows, accumulate_dtype, max_counted_rows
+        chunks = {
+            "chunk_rows": chunk_rows,
+            "accumulate_dtype": accumulate_dtype,
+            "max_counted_rows": max_counted_rows,
+        }
+        self._xent_ext_chunks = {name: value for name, value in chunks.items() if value is not None}
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            [super().extra_repr(), *(f"{name}={value!r}" for name, value in (self._xent_ext_options or {}).items())]
-        )
+        given = {**(self._xent_ext_options or {}), **(self._xent_ext_chunks or {})}
+        if "dtype" in given:
+            given["loss_dtype"] = given.pop("dtype")
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in given.items())])
 
     if TYPE_CHECKING:
 
@@ -242,7 +248,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
                 bias = None if bias is None else bias.reshape(self.num_classes, *self.out_features)
             arguments = LinearArguments(
                 input, weight, target, bias, self.weight, self.reduction, self.ignore_index, self.label_smoothing,
-                self.options, *self._xent_ext_chunks,
+                self.options, **self._xent_ext_chunks or {},
             )  # fmt: skip
             if functional.is_layer_overridden(arguments, options):
                 return functional.layer_overridden(arguments, options)
