@@ -643,9 +643,9 @@ def test_errors_come_before_any_product(monkeypatch, kind, match, changes):
 def test_peak_memory(dtype, monkeypatch):
     """Of logits there are a chunk's; beside them the gradients, and a few blocks on a CPU, which here are small."""
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 18)
-    input, weight, _, target = make((2048,), 64, 8192, dtype, ignored=0.0)
+    input, weight, bias, target = make((2048,), 64, 8192, dtype, ignored=0.0)
     chunk, gradients = 128 * 8192 * dtype.itemsize, (2048 + 8192) * 64 * dtype.itemsize
-    options = {"chunk_rows": 128, "accumulate_dtype": dtype}
+    options = {"linear_bias": bias, "chunk_rows": 128, "accumulate_dtype": dtype}
 
     def forward(**reduction):
         return xent_ext.linear_cross_entropy(input, weight, target, **options, **reduction)
@@ -653,7 +653,7 @@ def test_peak_memory(dtype, monkeypatch):
     assert peak(torch.no_grad()(forward)) <= 2 * chunk
     for reduction in ("mean", "none"):
         most = peak(
-            lambda reduction=reduction: torch.autograd.grad(forward(reduction=reduction).sum(), (input, weight))
+            lambda reduction=reduction: torch.autograd.grad(forward(reduction=reduction).sum(), (input, weight, bias))
         )
         assert gradients + chunk <= most <= gradients + 2 * chunk
 

@@ -244,7 +244,8 @@ def linear_cross_entropy(
             `cross_entropy`; `sample_weight` is (*), and the loss has `dtype`, or else float32, or float64 of float64.
         shift: input (B, T, D) and target (B, T) or (B, T, C), not shifted: position t predicts target t + 1.
         chunk_rows: of how many rows there are logits at a time. By default as many as take half of the memory of the
-            weight's gradient, and at least 256 on a CPU and 1024 on a GPU (see `xent_ext.plan.chunk_rows`).
+            weight's gradient, and at least 256 on a CPU and 1024 on a GPU (see `xent_ext.plan.chunk_rows`); logits of
+            up to 16 MiB are made at once.
         accumulate_dtype: the dtype in which the weight's gradient is added up over the chunks: by default its own with
             up to four chunks, or else float32 for half precision. In half precision each chunk rounds the sum once
             more; float32 takes a copy of the weight in it, and on a CPU the time of one product in float32.
@@ -263,7 +264,10 @@ def linear_cross_entropy(
     checkpoint) take a fourth product, which makes the logits again in backward. `create_graph=True`, `torch.func`, and
     a `target` or `weight` that require a gradient make all logits, as the two functions do.
 
-    Memory beyond the arguments: the gradients, and chunk_rows * C logits. Without a gradient: the logits alone.
+    Memory beyond the arguments: the gradients, and chunk_rows * C logits, thrice for gradients of statistics. Without a
+    gradient: the logits alone.
+
+    Of a `DTensor` all logits are made, which must be as `cross_entropy` takes them: gather a sharded weight before.
     """
     given = Options(
         dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, False, return_stats, shift
