@@ -488,6 +488,14 @@ def test_pytorchs_backend(monkeypatch):
     torch.testing.assert_close(found, right)
 
 
+def test_a_sparse_input():
+    input, weight, bias, target = make()
+    found = xent_ext.linear_cross_entropy(input.detach().to_sparse(), weight, target, linear_bias=bias)
+    right = F.cross_entropy(F.linear(input, weight, bias), target)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, (weight, bias)), torch.autograd.grad(right, (weight, bias)))
+
+
 @every_reduction
 def test_no_features(reduction):
     input, weight, bias, target = make((2, 5), features=0)

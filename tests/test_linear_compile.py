@@ -142,6 +142,19 @@ def test_under_compiled_autograd():
 
 
 @recent
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_of_a_number_that_depends_on_data():
+    def counted(input, weight, bias, target):
+        mask = target != -100
+        return xent_ext.linear_cross_entropy(input[mask], weight, target[mask], linear_bias=bias)
+
+    given = make()
+    found, right = torch.compile(counted, backend="aot_eager", fullgraph=True)(*given), loss_of(given)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, given[:3]), torch.autograd.grad(right, given[:3]))
+
+
+@recent
 @pytest.mark.parametrize("strict", [False, True], ids=["tracing", "strict"])
 def test_export_with_a_dynamic_batch_size(strict):
     module = xent_ext.LinearCrossEntropyLoss(8, 11)

@@ -157,6 +157,6 @@ def explain_linear(
     )  # fmt: skip
     rows = linear_call.rows_of(arguments, Options(**others))
     if rows is None:
-        return Explanation("torch", "all logits are made, for a weight (C, d1, ..., D) or a DTensor")
+        return Explanation("torch", "all logits are made, for a weight (C, d1, ..., D), a DTensor or a sparse tensor")
     name, reason = rows.route()
     return Explanation(name, reason, None if name == "torch" else linear.traffic(rows.call, rows.tensors, rows.layer))

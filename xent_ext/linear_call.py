@@ -54,9 +54,15 @@ def rows_of(arguments, options):
     arguments = with_torch_options(arguments)
     dtype = dtype_of_products(arguments.input)
     checks.check_layer(arguments, dtype, is_cast(arguments.input))
-    if arguments.linear_weight.dim() > 2 or any(map(dispatch.is_distributed, arguments[:3])):
+    if arguments.linear_weight.dim() > 2 or any(map(makes_whole_logits, arguments[:3])):
         return None
     return Rows(arguments, options, dtype)
+
+
+def makes_whole_logits(tensor):
+    """Whether rows can't be taken from it: of a `DTensor`, a sparse tensor, or one of any size in a graph."""
+    unknown = torch.compiler.is_compiling() and dispatch.has_unknown_size(tensor)
+    return unknown or dispatch.is_distributed(tensor) or tensor.layout is not torch.strided
 
 
 def with_torch_options(arguments):
@@ -133,10 +139,7 @@ class Rows:
     def unfused(self, owner):
         """The layer, and then the loss."""
         logits = linear_autograd.logits_of(self.call, self.tensors, self.layer)
-        arguments, options = self.arguments._replace(input=logits), self.options
-        if Options.that_differ(**options._asdict()) == {"dtype": options.dtype}:
-            arguments, options = in_dtype(arguments, options.dtype), None  # a plain call, which is quicker
-        found = dispatch.cross_entropy(owner, arguments, options)
+        found = of_logits(owner, self.arguments._replace(input=logits), self.options)
         loss, stats = found if self.options.return_stats else (found, None)
         if stats is None:
             return self.by_row(loss)
@@ -163,14 +166,6 @@ def of_loss(arguments, logits, target):
     )
 
 
-def in_dtype(arguments, dtype):
-    """With logits of this dtype, and class weights where they must have that of the logits."""
-    weight = arguments.weight
-    if weight is not None and not arguments.target.is_floating_point():
-        weight = weight.to(dtype)
-    return arguments._replace(input=arguments.input.to(dtype), weight=weight)
-
-
 def shifted(arguments, options):
     """Without the last position of the input, and the first of what belongs to the position after it."""
     input, target, f = arguments.input, arguments.target, options.sample_weight
@@ -194,4 +189,19 @@ def of_whole_logits(owner, arguments, options):
         target = target.movedim(-1, 1) if target.shape == logits.shape else target
         logits = logits.movedim(-1, 1)
     options = options._replace(dtype=options.dtype or accumulation_dtype(logits.dtype))
-    return dispatch.cross_entropy(owner, of_loss(arguments, logits, target), options)
+    return of_logits(owner, of_loss(arguments, logits, target), options)
+
+
+def of_logits(owner, arguments, options):
+    """`cross_entropy`, as a plain call where nothing but a dtype is asked for, which is quicker."""
+    if Options.that_differ(**options._asdict()) == {"dtype": options.dtype}:
+        arguments, options = in_dtype(arguments, options.dtype), None
+    return dispatch.cross_entropy(owner, arguments, options)
+
+
+def in_dtype(arguments, dtype):
+    """With logits of this dtype, and class weights where they must have that of the logits."""
+    weight = arguments.weight
+    if weight is not None and not arguments.target.is_floating_point():
+        weight = weight.to(dtype)
+    return arguments._replace(input=arguments.input.to(dtype), weight=weight)
