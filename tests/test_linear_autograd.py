@@ -448,6 +448,21 @@ def test_few_logits_are_made_at_once(monkeypatch, reduction):
     assert "made at once" in xent_ext.explain_linear(*given[:2], given[3]).reason
 
 
+@pytest.mark.parametrize(("reduction", "most"), [("mean", 48), ("sum", 48), ("none", 36)])
+def test_few_logits_whose_rows_are_ignored_are_chunks(monkeypatch, reduction, most):
+    """On a CPU, where they take no time. For "none" they are made again in backward: four products of three rows."""
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "LEAST_SPARED", 16 * 64 * 128)
+    input, weight, _, target = make((64,), 64, 128, ignored=0.0)
+    target[most:] = -100
+    assert xent_ext.explain_linear(input, weight, target, reduction=reduction).implementation == "cpu"
+    target[most] = 0
+    assert xent_ext.explain_linear(input, weight, target, reduction=reduction).implementation == "torch"
+    with torch.no_grad():
+        target[47:] = -100
+        assert xent_ext.explain_linear(input, weight, target, reduction=reduction).implementation == "cpu"
+
+
 @pytest.mark.parametrize("rows", [0, 7])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])

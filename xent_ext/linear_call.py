@@ -125,16 +125,28 @@ class Rows:
         """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""
         if not self.tensors.input.shape[-1]:
             return "torch", "the layer has no inputs"
-        if self.is_small():
+        name, reason = dispatch.implementation_of((*self.tensors, *self.layer))
+        if name != "torch" and self.is_small():
             return "torch", "logits of this size are made at once"
-        return dispatch.implementation_of((*self.tensors, *self.layer))
+        return name, reason
 
     def is_small(self):
         """Whether chunks would save next to no memory, and take more time."""
         logits = self.arguments.input
         if torch.compiler.is_compiling() or self.call.chunk_rows is not None:
             return False
-        return logits.numel() * logits.element_size() <= plan.LEAST_CHUNK_BYTES
+        return logits.numel() * logits.element_size() <= plan.LEAST_CHUNK_BYTES and not self.spares_products()
+
+    def spares_products(self):
+        """Whether chunks would have much less to multiply: on a CPU they leave out the rows that are ignored."""
+        input, problem = self.tensors.input, self.call.problem
+        of_row = self.layer.weight.numel()
+        if problem.probabilities or not input.is_cpu or input.shape[0] * of_row < plan.LEAST_SPARED:
+            return False
+        counted = int((self.tensors.target != problem.ignore_index).sum())
+        fourth = self.call.is_deferred and self.call.wanted.gradient  # product, which makes the logits again
+        spared = input.shape[0] - (counted * 4 / 3 if fourth else counted)
+        return spared * of_row >= plan.LEAST_SPARED
 
     def unfused(self, owner):
         """The layer, and then the loss."""

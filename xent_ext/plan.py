@@ -401,8 +401,11 @@ LEAST_CHUNK_ON_CPU, LEAST_CHUNK_ON_GPU = 256, 1024
 # Rows of chunks are multiples of this, which is one of every tile that a BLAS works with.
 CHUNK_STEP = 128
 # Chunks of less memory than this save next to none, and logits of this size are no chunk, but are made at once: a chunk
-# takes 200 us more on a CPU than its arithmetic, and its products take longer than those of more rows.
+# takes 300 us more on a CPU than its arithmetic, and its products take longer than those of more rows.
 LEAST_CHUNK_BYTES = 16 << 20
+# They are chunks on a CPU if that spares so many multiplications of each product, as those of ignored rows: in one core
+# and the three products 1 ms, and about as long as a chunk takes more.
+LEAST_SPARED = 1 << 24
 # Chunks whose parts of the weight's gradient are added up in half precision. Each rounds the sum once more: with four
 # the error is 1.1 to 1.5 times that of one product, and it grows with their root.
 MOST_ROUNDED = 4
