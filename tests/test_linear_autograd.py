@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent_ext
 from bench import machine
-from xent_ext import ahead, backends, cpu, linear, linear_autograd, plan
+from xent_ext import ahead, backends, cpu, linear, linear_autograd, memory, plan
 
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -461,6 +461,18 @@ def test_few_logits_whose_rows_are_ignored_are_chunks(monkeypatch, reduction, mo
     with torch.no_grad():
         target[47:] = -100
         assert xent_ext.explain_linear(input, weight, target, reduction=reduction).implementation == "cpu"
+
+
+def test_few_logits_of_a_large_weight_are_chunks(monkeypatch):
+    """On a CPU, whose memory for its gradient is kept, if that is made in the forward pass."""
+    monkeypatch.undo()
+    input, weight, _, target = make((4,), 64, 128)
+    monkeypatch.setattr(memory, "MAPPED", 128 * 64 * 8)
+    assert xent_ext.explain_linear(input, weight, target).implementation == "cpu"
+    assert xent_ext.explain_linear(input, weight, target, reduction="none").implementation == "torch"
+    assert xent_ext.explain_linear(input, weight.detach(), target).implementation == "torch"
+    monkeypatch.setattr(memory, "MAPPED", 128 * 64 * 8 + 1)
+    assert xent_ext.explain_linear(input, weight, target).implementation == "torch"
 
 
 @pytest.mark.parametrize("rows", [0, 7])

@@ -245,7 +245,8 @@ def linear_cross_entropy(
         shift: input (B, T, D) and target (B, T) or (B, T, C), not shifted: position t predicts target t + 1.
         chunk_rows: of how many rows there are logits at a time. By default as many as take half of the memory of the
             weight's gradient, and at least 256 on a CPU and 1024 on a GPU (see `xent_ext.plan.chunk_rows`); logits of
-            up to 16 MiB are made at once, unless on a CPU many of their rows are ignored.
+            up to 16 MiB are made at once, unless on a CPU chunks take less time: where many of their rows are ignored,
+            or the weight's gradient is large.
         accumulate_dtype: the dtype in which the weight's gradient is added up over the chunks: by default its own with
             up to four chunks, or else float32 for half precision. In half precision each chunk rounds the sum once
             more; float32 takes a copy of the weight in it, and on a CPU the time of one product in float32.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, call, checks, dispatch, linear_autograd, plan
+from . import backends, call, checks, dispatch, linear_autograd, memory, plan
 from .call import Arguments, Options
 from .linear import Call, Gradients
 from .problem import CrossEntropyStats, Layer
@@ -135,18 +135,24 @@ class Rows:
         logits = self.arguments.input
         if torch.compiler.is_compiling() or self.call.chunk_rows is not None:
             return False
-        return logits.numel() * logits.element_size() <= plan.LEAST_CHUNK_BYTES and not self.spares_products()
+        if logits.numel() * logits.element_size() > plan.LEAST_CHUNK_BYTES:
+            return False
+        return not logits.is_cpu or not (self.has_large_gradient() or self.spares_products())
+
+    def has_large_gradient(self):
+        """Whether a gradient made in the forward pass is so large that its memory, as `memory` has it, saves time."""
+        weight, call = self.layer.weight, self.call
+        return call.needed.weight and not call.is_deferred and weight.numel() * weight.element_size() >= memory.MAPPED
 
     def spares_products(self):
-        """Whether chunks would have much less to multiply: on a CPU they leave out the rows that are ignored."""
-        input, problem = self.tensors.input, self.call.problem
-        of_row = self.layer.weight.numel()
-        if problem.probabilities or not input.is_cpu or input.shape[0] * of_row < plan.LEAST_SPARED:
+        """Whether chunks, which leave out the rows that are ignored, would have much less to multiply."""
+        problem, of_row = self.call.problem, self.layer.weight.numel()
+        rows = self.tensors.input.shape[0]
+        if problem.probabilities or rows * of_row < plan.LEAST_SPARED:
             return False
         counted = int((self.tensors.target != problem.ignore_index).sum())
         fourth = self.call.is_deferred and self.call.wanted.gradient  # product, which makes the logits again
-        spared = input.shape[0] - (counted * 4 / 3 if fourth else counted)
-        return spared * of_row >= plan.LEAST_SPARED
+        return (rows - (counted * 4 / 3 if fourth else counted)) * of_row >= plan.LEAST_SPARED
 
     def unfused(self, owner):
         """The layer, and then the loss."""
