@@ -78,10 +78,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             ahead.took(made.gradients.weight)
         traced = torch.compiler.is_compiling()
         found = gradients(call, tensors, layer, made, upstream, expected, traced)
-        if loss is not None and not (traced or must_be_plain(upstream)):
+        is_number = loss is not None and call.problem.reduction != "none"
+        if is_number and not (traced or must_be_plain(upstream)):
             factor = loss.to(accumulation_dtype(call.problem.dtype)).detach()
-            if call.problem.reduction != "none":
-                expectation.note(torch.stack((factor, torch.zeros_like(factor))), tensors.input, call.problem)
+            expectation.note(torch.stack((factor, torch.zeros_like(factor))), tensors.input, call.problem)
         return None, None, *in_order(found)
 
 

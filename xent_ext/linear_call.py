@@ -195,7 +195,7 @@ def shifted(arguments, options):
 
 
 def of_whole_logits(owner, arguments, options):
-    """The layer, and then the loss: with weights (C, d1, ..., D), or a `DTensor`."""
+    """The layer, and then the loss, where rows can't be taken, or a row has several losses."""
     weight, bias = arguments.linear_weight, arguments.linear_bias
     if weight.dim() > 2:
         logits = F.linear(arguments.input, weight.flatten(0, -2), None if bias is None else bias.flatten())
