@@ -608,6 +608,8 @@ def test_explain_linear():
     with torch.no_grad():
         numbers = xent_ext.explain_linear(input, weight, target).traffic.numbers
         assert numbers["products"] == 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'inplace'"):
+        xent_ext.explain_linear(input, weight, target, inplace=True)
     whole = xent_ext.explain_linear(input, weight.view(500, 2, 64), target)
     assert (whole.implementation, whole.traffic) == ("torch", None)
 

@@ -155,6 +155,8 @@ def explain_linear(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,
         chunk_rows, accumulate_dtype, max_counted_rows,
     )  # fmt: skip
+    if "inplace" in others:
+        raise TypeError("explain_linear() got an unexpected keyword argument 'inplace'")
     rows = linear_call.rows_of(arguments, Options(**others))
     if rows is None:
         return Explanation("torch", "all logits are made, for a weight (C, d1, ..., D), a DTensor or a sparse tensor")
