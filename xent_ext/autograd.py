@@ -27,7 +27,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 
 from . import ops
 from .ahead import ahead_on
@@ -165,10 +165,12 @@ class CrossEntropy(torch.autograd.Function):
             gradient = None
         if expected is None:  # it went to autograd already
             gradient = None
-        elif gradient is not None:  # whoever gets it may change it, which says nothing of what is saved
+        keeps_graph = _get_current_graph_task_keep_graph()
+        if keeps_graph and gradient is not None:  # whoever gets it may change it, which says nothing of what is saved
             gradient = gradient.data
         kept = Kept(overwritten if gradient is None else gradient, *others)
-        ctx.of_call = call, expectation, None, None, where
+        if keeps_graph or problem.inplace:
+            ctx.of_call = call, expectation, None, None, where
         if place_of(tensors[0]) != where:
             tensors = resolved(Tensors(*tensors))
             setup, kept = refitted(call, tensors, kept, expected)
