@@ -36,19 +36,19 @@ FEW = Least(M >> 5, M >> 5, M >> 6, M >> 5, M >> 3)
 # By where the classes are and how many: in float32 or float64, in bfloat16, and in float16. Measured by `python -m
 # bench cpu_sizes` with one thread on an AMD EPYC (Zen 5), in a process that keeps what PyTorch frees. In a fresh one
 # PyTorch's time doubles from about a million logits on, whose memory is given back and faulted in again: it decides
-# where the two are close.
+# where the two are close. Gradients of class indices in float32 were measured in both, with one thread and with two.
 LEAST = {
     # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
     "few": (FEW, FEW, FEW),
-    "short": (Least(4 * M, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M), Least(4 * M, 2 * M, 4 * M, 4 * M)),
-    "medium": (Least(4 * M, 8 * M), Least(4 * M, 8 * M, 4 * M), Least(4 * M, 3 * M, 4 * M, 3 * M)),
-    "long": (Least(2 * M, 4 * M), Least(8 * M, None), Least(8 * M, 2 * M, None, 2 * M)),
+    "short": (Least(3 * M >> 1, 8 * M), Least(4 * M, 4 * M, 4 * M, 4 * M), Least(4 * M, 2 * M, 4 * M, 4 * M)),
+    "medium": (Least(M, 8 * M), Least(4 * M, 8 * M, 4 * M), Least(4 * M, 3 * M, 4 * M, 3 * M)),
+    "long": (Least(M, 4 * M), Least(8 * M, None), Least(8 * M, 2 * M, None, 2 * M)),
     # Such logits are copied to where their classes are last, by PyTorch's own in one piece.
     "columns": (Least(6 * M, None), Least(None, None), Least(None, 8 * M)),
     "strided few": (Least(M, None), Least(M >> 2, 8 * M, M >> 2), Least(M >> 2, 2 * M, M >> 2, 3 * M)),
-    "strided short": (Least(2 * M, 3 * M), Least(3 * M >> 1, 6 * M, 2 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
+    "strided short": (Least(5 * M >> 2, 3 * M), Least(3 * M >> 1, 6 * M, 2 * M), Least(M >> 2, 2 * M, M >> 2, 2 * M)),
     # Blocks of so many strided classes are parts of an image, and must be copied.
-    "strided": (Least(4 * M, 4 * M), Least(8 * M, None), Least(4 * M, 2 * M, None, 4 * M)),
+    "strided": (Least(2 * M, 4 * M), Least(8 * M, None), Least(4 * M, 2 * M, None, 4 * M)),
     "strided long": (Least(6 * M, None), Least(None, None), Least(None, 4 * M)),
 }
 PLACE = {dtype: place for place, dtype in enumerate(HALF, 1)}
@@ -87,14 +87,14 @@ def takes(input, target, reduction, label_smoothing):
 def least_for_blocks(where, classes, dtype, threads, column):
     """From how many logits of this kind on blocks are faster, for what a column of `LEAST` says.
 
-    The time that belongs to a call or a block is one thread's, while the others wait: more threads need more logits,
-    as many times as many. That is reasoned, not measured. But memory that PyTorch has mapped anew costs more than that.
+    With two threads it is as many as with one. More of them have larger blocks (see `cpu.BLOCK_BYTES`), and so need as
+    many times as many logits: that is reasoned, not measured. But memory that PyTorch has mapped anew costs more.
     """
     if where != "last" and classes >= MOST_STRIDED:
         return math.inf
     least = getattr(LEAST[kind(where, classes)][PLACE.get(dtype, 0)], column)
     mapped = MAPPED // dtype.itemsize
-    return mapped if least is None else min(least * threads, mapped)
+    return mapped if least is None else min(least * max(threads // 2, 1), mapped)
 
 
 def kind(where, classes):
