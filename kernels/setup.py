@@ -172,7 +172,8 @@ class Setup:
         if self.problem.inplace:
             return self.rescaled(kept, upstream.loss, expected)
         given = self.given(tensors)
-        memory, slope, seen, has_stats = kept.gradient, kept.slope, None, upstream.has_stats()
+        memory, slope, seen = kept.gradient, kept.slope, None
+        has_stats = bool(self.problem.stats) and upstream.has_stats()
         if memory is None:
             memory = self.new_gradient(tensors, given)
             slope = self.new_slope() if self.wanted.slope else None

@@ -43,8 +43,6 @@ def resolved(tensors):
 
 def is_batched(upstream):
     """Whether they stand for many upstream gradients: under torch.func, or `is_grads_batched=True`, an older vmap."""
-    if torch.compiler.is_dynamo_compiling():  # compiled autograd refuses both
-        return False
     if _are_functorch_transforms_active():
         return True
     for up in upstream:  # noqa: SIM110 (any() would take as long as much of a small backward)
@@ -54,7 +52,10 @@ def is_batched(upstream):
 
 
 def must_be_plain(upstream):
-    """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be."""
+    """Whether the gradient is to be differentiated again, or is batched, as only that of the plain formula can be.
+
+    Not for compiled autograd, which refuses both, and can't trace the question.
+    """
     return torch.is_grad_enabled() or is_batched(upstream)
 
 

@@ -100,7 +100,7 @@ def gradients(call, tensors, layer, made, upstream, expected, in_graph):
     """`Gradients` for these upstream gradients, of what was made for the one `expected`, if any."""
     if upstream.loss is None and not upstream.has_stats():
         return Gradients()
-    if must_be_plain(upstream):
+    if not torch.compiler.is_dynamo_compiling() and must_be_plain(upstream):
         return differentiable(call, tensors, layer, upstream)
     upstream = resolved(upstream)
     if not call.wanted.gradient:

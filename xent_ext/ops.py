@@ -149,7 +149,7 @@ def gradients(inputs, needed, upstream):
     needed = needed._replace(sample_weight=needed.sample_weight and upstream.loss is not None)
     if not any(needed) or not any(up is not None for up in upstream):
         return Tensors(None, None)
-    if must_be_plain(upstream):
+    if not torch.compiler.is_dynamo_compiling() and must_be_plain(upstream):
         return Tensors(*differentiable_gradients(problem, tensors, needed, upstream))
     found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
     found = Tensors(*(next(found) if need else None for need in needed))
