@@ -51,6 +51,19 @@ def line(row):
     return "| " + " | ".join([str(tuple(row["shape"])), *times, f"{row['ratio']:.2f}", peaks]) + " |"
 
 
+def layer_line(row):
+    """A row of README.md's table of the last layer."""
+    peers = [row["peers"][name] for name in ("torch_eager", "torch_chunked_512", "with_our_loss", "xent_ext")]
+    cells = [f"{peer['median_ms']:.0f} ms, {peer['peak_bytes'] / 2**20:.0f}" for peer in peers]
+    return "| " + " | ".join([" x ".join(map(str, row["shape"])), row["pass"], *cells]) + " |"
+
+
+def test_readme_shows_the_committed_layers():
+    rows = json.loads((RESULTS / "cpu/linear.json").read_text())["rows"]
+    shown = re.findall(r"^\| \d+ x .*\|$", (ROOT / "README.md").read_text(), re.M)
+    assert shown == [layer_line(row) for row in rows]
+
+
 def test_readme_shows_the_committed_run(measured):
     numbers = (ROOT / "README.md").read_text().partition("\n## Numbers\n")[2]
     shown = re.findall(r"^\| \(.*\|$", numbers, re.M)
