@@ -148,8 +148,9 @@ def explain_linear(
 ) -> Explanation:
     """`explain` for `linear_cross_entropy`: its chunks, its matrix products, bytes and memory.
 
-    All rows are taken to count. Bytes are those that products and losses read and write of tensors, each as often as a
-    chunk does; what a product reads again to multiply it depends on the BLAS.
+    Takes the arguments of `xent_ext.linear_cross_entropy` and raises its errors, but those for class indices out of
+    range. All rows are taken to count. Bytes are those that products and losses read and write of tensors, each as
+    often as a chunk does; what a product reads again to multiply it depends on the BLAS.
     """
     arguments = LinearArguments(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,

@@ -244,8 +244,7 @@ class Results:
         self.total = walk.new() if walk.index is None else self.of_missing(walk.counted.sum() > walk.rows)
         self.per_row = self.by_row(walk.acc) if problem.reduction == "none" else None
         self.losses = self.by_row(walk.acc) if with_losses else None
-        dtypes = {"predicted": torch.int64, "correct": torch.bool}
-        self.stats = {name: self.by_row(dtypes.get(name, walk.acc)) for name in problem.stats}
+        self.stats = {name: self.by_row(reference.stat_dtype(name, walk.acc)) for name in problem.stats}
 
     @staticmethod
     def of_missing(missing):

@@ -209,9 +209,8 @@ def is_ahead_in_graph(call):
 def _(*arguments):
     call, tensors, layer = call_of(arguments)
     rows, acc = tensors.input.shape[0], accumulation_dtype(call.problem.dtype)
-    dtypes = {"predicted": torch.int64, "correct": torch.bool}
     loss = tensors.input.new_empty((rows,) if call.problem.reduction == "none" else (), dtype=call.problem.dtype)
-    stats = [tensors.input.new_empty(rows, dtype=dtypes.get(name, acc)) for name in call.problem.stats]
+    stats = [tensors.input.new_empty(rows, dtype=reference.stat_dtype(name, acc)) for name in call.problem.stats]
     losses = [tensors.input.new_empty(rows, dtype=acc)] if call.needed.sample_weight else []
     return loss, stats, losses + (fake_gradients(call, tensors, layer) if is_ahead_in_graph(call) else [])
 

@@ -155,9 +155,11 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss`: the last linear layer, `self.linear`, and the loss of its outputs.
 
     Arguments, attributes and `state_dict` are the base class's (of a PyTorch before 2.13, which has none, they are the
-    same). The options are those of `xent_ext.linear_cross_entropy`, which see; what changes from call to call is an
-    argument of `forward`. For a head whose weight is another layer's too, as a tied embedding's:
-    `loss.linear.weight = embedding.weight`.
+    same): `device` and `dtype` are the layer's, and `loss_dtype` is what `dtype` is to `linear_cross_entropy`. The
+    other options are those of that function, which see for shapes, dtypes and errors too; what changes from call to
+    call is an argument of `forward`: `sample_weight`, `normalizer`, and a `logit_scale` in place of the module's.
+
+    For a head whose weight is another layer's too, as a tied embedding's: `loss.linear.weight = embedding.weight`.
     """
 
     _xent_ext_options: dict[str, Any] | None = None

@@ -30,7 +30,7 @@ from .gradients import (
 )
 from .layout import batch_shape, gradient_stride, visible
 from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, scalar
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, stat_dtype
 
 _TYPES: dict = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
 _TYPES |= {Tensor: "Tensor", Tensor | None: "Tensor?"}
@@ -79,13 +79,12 @@ def forward(*arguments):
 def _(*arguments):
     problem, tensors = call(arguments)
     rows = batch_shape(visible(problem, tensors.input).shape)
-    dtypes = {"predicted": torch.int64, "correct": torch.bool}
 
     def new(shape, dtype):
         return tensors.input.new_empty(shape, dtype=dtype)
 
     loss = new(rows if problem.reduction == "none" else (), problem.dtype)
-    return loss, [new(rows, dtypes.get(name, accumulation_dtype(problem.dtype))) for name in problem.stats]
+    return loss, [new(rows, stat_dtype(name, accumulation_dtype(problem.dtype))) for name in problem.stats]
 
 
 @torch.library.custom_op(

@@ -31,6 +31,11 @@ from .problem import NUMBERS, number
 STATS = ("logprob", "lse", "entropy", "max_prob", "predicted", "correct")
 
 
+def stat_dtype(name, acc):
+    """dtype of the statistic `name` of a loss that is computed in `acc`."""
+    return {"predicted": torch.int64, "correct": torch.bool}.get(name, acc)
+
+
 def result_dtype(input, target, weight, autocast=False, dtype=None):
     """dtype of the loss. Probabilities promote with the input, as does their weight; autocast gives float32.
 
