@@ -18,6 +18,7 @@ from ..problem import Problem, Tensors, Wanted
 from .device import device_properties
 from .launches import signatures
 from .setup import Setup
+from .slices import SliceSetup
 
 # Forces a schedule, for measurements.
 SCHEDULE = os.environ.get("XENT_EXT_SCHEDULE")
@@ -39,7 +40,8 @@ def setup_for(problem, tensors, wanted):
 
 @functools.lru_cache(maxsize=1024)
 def setup(problem, wanted, signatures, device, schedule):
-    return Setup(problem, wanted, signatures, device, schedule)
+    kind = SliceSetup if problem.ranks else Setup
+    return kind(problem, wanted, signatures, device, schedule)
 
 
 def traffic(problem, tensors, want_gradient):

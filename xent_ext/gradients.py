@@ -80,10 +80,13 @@ def made_for(upstream, problem, tensors, wanted):
     return Kept(*kept)
 
 
-def sample_weight_gradient(problem, tensors, losses, upstream):
-    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
+def sample_weight_gradient(problem, tensors, losses, upstream, weights=None):
+    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that.
+
+    `weights` are the row weights and which rows count, if they are known.
+    """
     f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
-    weights, counted = reference.row_weights(problem, tensors, losses)
+    weights, counted = weights or reference.row_weights(problem, tensors, losses)
     if problem.reduction == "mean":
         normalizer = tensors.normalizer
         if normalizer is None:
