@@ -10,6 +10,6 @@ gradient             makes a deferred gradient, and what is left to do for rows 
 normalizer           what a mean divides by, and the sum of what the others left for each program
 device               the GPU, as plans see it
 launch, launches     kernels with their numbers, launched again and again; those of calls that are alike, by their plan
-setup, slices        from the tensors of a call to launches, for all calls that are alike; of a part of the classes
+setup                from the tensors of a call to launches, for all calls that are alike
 implementation       a setup for each kind of call: what the rest of the package sees
 """

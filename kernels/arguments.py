@@ -31,8 +31,6 @@ class Target(NamedTuple):
     sample_weight: Pointer | None  # of each row; None: all ones
     smoothing: Pointer | None  # None: 0
     classes: int
-    class_start: int | None  # which of all classes the first of the logits is; None: the logits have all classes
-    num_classes: int | None  # how many there are then
 
 
 class Transform(NamedTuple):
@@ -88,9 +86,7 @@ class Constants(NamedTuple):
     WIDE: bool = False  # offsets within a tile have 64 bits
     CLASS_VEC: int = 1
     ROW_VEC: int = 1
-    SPLITS: int = 1  # programs that share a row, each with a part of it; parts to merge, up to a power of two
-    FIELDS: int = 4  # numbers of a summary in memory
-    RANKS: int = 0  # how many have a part of each row, whose summaries were gathered; 0: this one has all of it
+    SPLITS: int = 1  # programs that share a row, each with a part of it
     TURNS: bool = False  # there are fewer programs than tiles
     WHOLE: bool = False  # there is one tile, whose program makes the loss of the batch
     PER_ROW: bool = False  # losses and upstream gradients are one for each row

@@ -11,7 +11,7 @@ from .math import widened
 from .normalizer import divisor
 from .outcome import factors_of, rows_to_store, store_gradient, store_results, was_expected, with_point
 from .pieces import body_of, read, rest_of, store
-from .rows import all_classes, rows_of, share_of, store_rows
+from .rows import rows_of, share_of, store_rows
 from .saved import load_saved
 
 
@@ -34,9 +34,7 @@ def gradient(
         item = tl.program_id(0) + turn * tl.num_programs(0)
         block = item % blocks
         rows = rows_of(item // blocks, given, ignore_index, K)
-        row = load_saved(saved, rows, batch, all_classes(given.target), K)
-        if K.RANKS == 0:
-            row = with_point(row, rows)
+        row = with_point(load_saved(saved, rows, batch, given.target.classes, K), rows)
 
         if results.loss is not None:
             if block == 0:

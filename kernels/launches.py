@@ -19,14 +19,12 @@ from ..plan import (
 )
 from ..problem import Tensors
 from ..reference import accumulation_dtype
-from ..summary import base_of, fields_of
 from .arguments import Constants
 from .gradient import gradient as gradient_kernel
 from .gradient import rescale
 from .launch import Launch
 from .normalizer import normalizer_parts, sum_parts
 from .resident import resident as resident_kernel
-from .saved import collect as collect_kernel
 from .streaming import streaming as streaming_kernel
 
 
@@ -52,7 +50,6 @@ class Launches:
         x, q, self.layout = arrange_call(problem, tensors)
         self.itemsize, self.acc = x.element_size(), accumulation_dtype(problem.dtype)
         self.per_row = problem.reduction == "none"
-        self.has_weight = tensors.weight is not None
         # Whether the normaliser is the number, or weight, of the rows that are not ignored.
         self.counts_rows = (
             problem.reduction == "mean"
@@ -83,16 +80,13 @@ class Launches:
         self.whole = self.plan.schedule == "resident" and self.plan.programs == 1 and not self.per_row
 
     def usual_plan(self, schedule):
-        if self.problem.inplace and schedule in (None, "split") and not self.problem.ranks:
+        if self.problem.inplace and schedule in (None, "split"):
             # Programs that share a row would overwrite logits that others have still to read.
             schedule = self.planned(None).schedule.replace("split", "streaming")
         return self.planned(schedule)
 
     def planned(self, schedule):
-        return plan(
-            self.layout, self.itemsize, self.acc.itemsize, self.device, self.keeps_mass, self.aligned, schedule,
-            summarised=self.problem.ranks > 0,
-        )  # fmt: skip
+        return plan(self.layout, self.itemsize, self.acc.itemsize, self.device, self.keeps_mass, self.aligned, schedule)
 
     # Over the logits, each with the same of its tensors in all calls
 
@@ -105,34 +99,29 @@ class Launches:
         return self.launch(streaming_kernel, plan, min(plan.programs * plan.splits, plan.at_once))
 
     @functools.cached_property
-    def collect(self):
-        """A summary of each row for the other ranks, of those of its parts that are here."""
-        return self.launch(collect_kernel, self.plan, self.plan.programs)
-
-    @functools.cached_property
     def ends(self):
         """The loss of split rows, from their summaries."""
-        return self.launch(gradient_kernel, self.plan, self.plan.programs, **self.gathered)
+        return self.launch(gradient_kernel, self.plan, self.plan.programs)
 
     walk_with_gradient = functools.cached_property(walk.func)
 
     @functools.cached_property
     def ends_with_gradient(self):
         plan = gradient_plan(self.layout, self.plan)
-        return self.launch(gradient_kernel, plan, plan.programs, **self.gathered)
+        return self.launch(gradient_kernel, plan, plan.programs)
 
     @functools.cached_property
     def again(self):
         """The gradient, if it is not the expected one already: few programs, which mostly have nothing to do."""
         kernel, plan = self.of_gradient()
         programs = waiting(plan, self.acc.itemsize, self.device)
-        return self.launch(kernel, plan, programs, TURNS=programs < plan.programs, **self.gathered)
+        return self.launch(kernel, plan, programs, TURNS=programs < plan.programs)
 
     @functools.lru_cache  # noqa: B019 (it lives as long as the few of these objects that are kept)
     def deferred(self, *given):
         """The gradient, for upstream gradients of which these are given."""
         kernel, plan = self.of_gradient()
-        return self.launch(kernel, plan, plan.programs, **self.gathered)
+        return self.launch(kernel, plan, plan.programs)
 
     @functools.cached_property
     def rescale(self):
@@ -201,20 +190,6 @@ class Launches:
 
     # Constants
 
-    @property
-    def fields(self):
-        """How many numbers a summary has."""
-        return len(base_of(self.problem))
-
-    @functools.cached_property
-    def gathered(self):
-        """Those of kernels that go on with the summaries of all ranks."""
-        ranks = self.problem.ranks
-        if not ranks:
-            return {}
-        fields = fields_of(self.problem, self.has_weight)
-        return {"RANKS": ranks, "SPLITS": next_power_of_2(ranks), "FIELDS": len(fields)}
-
     @functools.cached_property
     def mean(self):
         """Those that say what the normaliser is."""
@@ -233,7 +208,6 @@ class Launches:
         return Constants(
             BLOCK=plan.block, DOUBLE=self.acc == torch.float64, ROWS=plan.rows, REST=plan.rest, EDGE=plan.edge,
             WIDE=is_wide(layout, plan), CLASS_VEC=class_vec, ROW_VEC=row_vec, SPLITS=self.plan.splits,
-            FIELDS=self.fields,
             PER_ROW=self.per_row, DENSE=problem.probabilities or problem.label_smoothing > 0,
             ENTROPY="entropy" in problem.stats, PREDICT=not {"predicted", "correct"}.isdisjoint(problem.stats),
             STATS=bool(problem.stats), **self.mean,

@@ -127,7 +127,7 @@ def relative_to(m, a, classes, K):
     down = origin(a.m) - o
     e = tl.exp(a.m - o)
     dot, spread, cross, best = a.dot, a.spread, a.cross, a.best
-    if K.DENSE or K.RANKS > 0:  # else there is no mass yet (see `outcome.with_point`)
+    if K.DENSE:
         dot += a.mass * down
     if K.STATS:
         spread = e * (spread + a.s * down)

@@ -19,7 +19,7 @@ from .math import (
     widened,
 )
 from .pieces import store
-from .rows import Rows, all_classes, load_rows, store_rows
+from .rows import Rows, load_rows, store_rows
 
 MOST_MISSES = tl.constexpr(expectation.MOST_MISSES)
 # From this width on a thread holds several vectors of a row.
@@ -62,7 +62,7 @@ def store_results(results, given, rows, row, total, K):
         tl.store(results.loss, (tl.sum(loss, 0) / total).to(results.loss.dtype.element_ty))
     else:
         tl.store(results.loss + rows.tile, tl.sum(loss, 0))
-    if given.target.indices is None or K.RANKS > 0:
+    if given.target.indices is None:
         logprob = row.cross - row.total * tl.log(row.s)
     else:
         logprob = rows.z - origin(row.m) - tl.log(row.s)
@@ -71,7 +71,7 @@ def store_results(results, given, rows, row, total, K):
     store_rows(results.entropy, rows, entropy(row))
     store_rows(results.max_prob, rows, 1 / row.s)
     if results.predicted is not None:
-        best = tl.where(rows.counted, row.best % all_classes(given.target), -1)
+        best = tl.where(rows.counted, row.best % given.target.classes, -1)
         tl.store(results.predicted + rows.number, best.to(tl.int64), mask=rows.live)
 
 
@@ -96,8 +96,8 @@ def rows_to_store(rows, gradient):
         counted = rows.counted.to(tl.int32) * foreseen > 0
         rows = Rows(
             tile=rows.tile, outer=rows.outer, inner=rows.inner, skip=rows.skip, number=rows.number, live=live,
-            counted=counted, target=rows.target, point=rows.point, z=rows.z, here=rows.here,
-            weight=rows.weight, smoothing=rows.smoothing,
+            counted=counted, target=rows.target, point=rows.point, z=rows.z, weight=rows.weight,
+            smoothing=rows.smoothing,
         )  # fmt: skip
     return rows
 
@@ -119,7 +119,7 @@ def factors_of(gradient, given, rows, row, total, K):
             mass -= q * row.total
         else:
             mass -= q
-            point -= q if given.target.class_start is None else tl.where(rows.here, q, 0.0)
+            point -= q
     if upstream.entropy is not None:
         of_entropy = load_rows(upstream.entropy, rows) / row.s
     e = tl.where(rows.counted, mass / row.s, 0.0)

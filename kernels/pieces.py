@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .math import Summary, best_of, dense_dot, dense_mass, exponentials, spread_of, widened
-from .rows import all_classes, multiple, row_offsets, transformed
+from .rows import multiple, row_offsets, transformed
 
 
 class Columns(NamedTuple):
@@ -97,7 +97,7 @@ def read(given, rows, columns, K):
         if given.target.weight is not None:
             at = given.target.weight + rows.skip[:, None] + columns.number
             w = widened(tl.load(at, mask=mask, other=0.0), K)
-        b = tl.where(mask, dense_mass(w, q, rows.smoothing, given.target, all_classes(given.target)), 0.0)
+        b = tl.where(mask, dense_mass(w, q, rows.smoothing, given.target, given.target.classes), 0.0)
     return Piece(columns=columns, mask=mask, x=x, z=z, q=q, b=b)
 
 
@@ -122,8 +122,5 @@ def summarised(piece, m, rows, given, K):
         total = tl.sum(piece.q, 1)
         cross = dense_dot(piece.q, piece.z, m, piece.mask)
     if K.PREDICT:
-        c = rows.skip[:, None] + piece.columns.number
-        if given.target.class_start is not None:
-            c += given.target.class_start
-        best = best_of(piece.z, m, c, all_classes(given.target))
+        best = best_of(piece.z, m, rows.skip[:, None] + piece.columns.number, given.target.classes)
     return Summary(m=m, s=tl.sum(e, 1), mass=mass, dot=dot, spread=spread, total=total, cross=cross, best=best)

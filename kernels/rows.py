@@ -30,18 +30,8 @@ class Rows(NamedTuple):
     target: Any  # its class; 0 where that is no class, so that nothing out of bounds is read or written for it
     point: Any  # target mass at that class
     z: Any  # z at that class
-    here: Any  # whether that class is one of the logits'
     weight: Any  # what its loss is multiplied by
     smoothing: Any
-
-
-@triton.jit
-def all_classes(target):
-    """How many classes there are, those of other ranks included."""
-    if target.num_classes is None:
-        return target.classes
-    else:
-        return target.num_classes
 
 
 @triton.jit
@@ -81,7 +71,7 @@ def rows_of(tile, given, ignore_index, K):
 
     target = given.target
     zero = tl.zeros_like(tl.arange(0, K.ROWS))
-    skip, t, counted, here, point, z = zero, zero, live, live, widened(zero, K), widened(zero, K)
+    skip, t, counted, point, z = zero, zero, live, widened(zero, K), widened(zero, K)
     if K.EDGE > 0:
         skip = tl.minimum((-start & (K.EDGE - 1)).to(tl.int32), given.target.classes)
     smoothing = tl.zeros((), tl.float32)
@@ -90,27 +80,23 @@ def rows_of(tile, given, ignore_index, K):
     if target.indices is not None:
         t = tl.load(target.indices + number, mask=live, other=0).to(tl.int64)
         counted = live & (t != ignore_index)
-        wrong = counted
-        if target.class_start is not None:
-            wrong = counted & ((t < 0) | (t >= target.num_classes))
-            t -= target.class_start
-        here = counted & (t >= 0) & (t < given.target.classes)
-        t = tl.where(here, t, 0).to(tl.int32)
-        w = widened(tl.where(here, 1.0, 0.0), K)
+        valid = counted & (t >= 0) & (t < given.target.classes)
+        t = tl.where(valid, t, 0).to(tl.int32)
+        w = widened(tl.where(valid, 1.0, 0.0), K)
         if target.weight is not None:
-            w = widened(tl.load(target.weight + t, mask=here, other=0.0), K)
+            w = widened(tl.load(target.weight + t, mask=valid, other=0.0), K)
         # NaN where the target is no class, so that the row's loss and gradient are.
-        point = tl.where(here, point_mass(w, smoothing), tl.where(wrong, float("nan"), 0.0))
+        point = tl.where(valid, point_mass(w, smoothing), tl.where(counted, float("nan"), 0.0))
         # Read before the sums over the rows, which all threads wait for: the gradient may take the logits' memory.
         at = t.to(tl.int64) if K.WIDE else t
-        x = tl.load(given.logits.ptr + start + at * given.logits.by_class, mask=here, other=0.0)
+        x = tl.load(given.logits.ptr + start + at * given.logits.by_class, mask=valid, other=0.0)
         z = transformed(widened(x, K), given.transform)
     weight = widened(tl.where(counted, 1.0, 0.0), K)
     if target.sample_weight is not None:
         weight = tl.load(target.sample_weight + number, mask=counted, other=0.0)
     return Rows(
         tile=tile, outer=outer, inner=inner, skip=skip, number=number, live=live, counted=counted, target=t,
-        point=point, z=z, here=here, weight=weight, smoothing=smoothing,
+        point=point, z=z, weight=weight, smoothing=smoothing,
     )  # fmt: skip
 
 

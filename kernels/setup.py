@@ -1,6 +1,5 @@
 """From the tensors of a call to launches, for all calls that are alike."""
 
-import contextlib
 import math
 
 import torch
@@ -33,15 +32,13 @@ class Setup:
         self.batch = batch_shape(visible(problem, torch.empty(shape, device="meta")).shape)
         self.x_strides, self.g_strides, self.q_strides = self.layout.strides
         self.classes = self.layout.classes
-        # Which classes these are, of how many.
-        self.slice = (problem.class_start, problem.num_classes) if problem.ranks else (None, None)
         self.numbers = self.layout.inner, self.layout.row_outer, self.layout.row_inner
         self.has_options = problem.label_smoothing > 0 or any(
             signature is not None or getattr(problem, name) != getattr(Problem, name)
             for name, signature in zip(NUMBERS, signatures[-len(NUMBERS) :], strict=True)
         )
         # Whether the kernels read the tensors as they are.
-        self.reads_all = not problem.is_partial and not any(launches.copied)
+        self.reads_all = not problem.shift and not any(launches.copied)
         self.makes_gradient = wanted.gradient and not self.per_row
         # Whether the forward pass leaves a summary of each row: split rows have their loss from it, too.
         self.summarised = self.plan.splits > 1 or (wanted.gradient and self.plan.schedule != "resident")
@@ -55,10 +52,6 @@ class Setup:
         self.like_losses = torch.empty((), dtype=dtype, device=self.device).expand(shape)
         self.like_loss = torch.empty((), dtype=problem.dtype, device=self.device)
 
-    def on_gpu(self):
-        """Where kernels are to be launched."""
-        return contextlib.nullcontext() if self.gpu is None else torch.cuda.device(self.device)
-
     # What is given
 
     def given(self, tensors):
@@ -70,7 +63,7 @@ class Setup:
         q = None
         if self.problem.probabilities:
             target, q = None, (target, *self.q_strides)
-        target = target, q, weight, sample_weight, smoothing, self.classes, *self.slice
+        target = target, q, weight, sample_weight, smoothing, self.classes
         return (input, *self.x_strides), target, transform, z_loss, *self.numbers
 
     def readable(self, tensors):
@@ -115,8 +108,7 @@ class Setup:
 
     @property
     def summary_shape(self):
-        """Of the summaries that the kernels here leave."""
-        return self.plan.splits, self.launches.fields, self.layout.rows
+        return 8 if self.problem.stats else 4, self.layout.rows, self.plan.splits
 
     def new_results(self):
         """`Results`"""
@@ -203,14 +195,14 @@ class Setup:
         """`backward` where the logits are gone: gradient and slopes times `upstream` over `expected`."""
         seen = torch.empty_like(expected)
         view = self.view(kept.gradient)
-        given = view, (None, None, None, None, None, self.classes, None, None), *NO_OPTIONS[1:], *self.numbers
+        given = view, (None, None, None, None, None, self.classes), *NO_OPTIONS[1:], *self.numbers
         self.launches.rescale(given, (view, None, Upstream(upstream), None, expected, seen))
         slope = None if kept.slope is None else kept.slope * (upstream.to(self.acc) / expected[0])
         return kept.gradient, slope, seen
 
     def view(self, memory):
         """`View`: what of the gradient is that of the rows."""
-        return visible(self.problem, memory) if self.problem.is_partial else memory, *self.g_strides
+        return visible(self.problem, memory) if self.problem.shift else memory, *self.g_strides
 
     def of_loss(self, upstream):
         """The loss's upstream gradient: one number, or with "none" one for each row."""

@@ -13,7 +13,7 @@ from .math import merge, nothing
 from .normalizer import divisor
 from .outcome import factors_of, rows_to_store, store_gradient, store_results, with_point
 from .pieces import Columns, body_of, read, rest_of, summarised
-from .rows import all_classes, rows_of, store_rows
+from .rows import rows_of, store_rows
 from .saved import save
 
 PART = tl.constexpr(64)  # parts start at multiples of this many classes: whole vectors
@@ -41,7 +41,7 @@ def streaming(
         part = item % K.SPLITS
         rows = rows_of(item // K.SPLITS, given, ignore_index, K)
 
-        row = nothing(rows.point, all_classes(given.target))
+        row = nothing(rows.point, given.target.classes)
         if K.REST > 0:
             rest = rest_of(rows, given.target.classes, K)
             if part == 0:
@@ -54,7 +54,7 @@ def streaming(
             body = body_of(rows, start, given.target.classes, K)
             if K.SPLITS > 1:
                 body = Columns(number=body.number, inside=body.inside & (body.number < (part + 1) * span))
-            row = merge(row, summary_of(body, rows, given, K), all_classes(given.target), K)
+            row = merge(row, summary_of(body, rows, given, K), given.target.classes, K)
         if saved is not None:
             save(saved, row, rows, part, batch, K)
         row = with_point(row, rows)
