@@ -248,12 +248,12 @@ def compiled_distributed_tensors(rank):
 
 
 def sharded_classes(rank):
-    """Losses and gradients of logits in shards of the classes, 7 in two shards, under PyTorch's name."""
+    """Losses and gradients of logits in shards of the classes under PyTorch's name."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
 
     mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
-    input, target, _ = make((8, 7))
+    input, target, _ = make((8, 6))
     target = distribute_tensor(target, mesh, [Replicate()])
     found = {}
     for context in (contextlib.nullcontext, loss_parallel):
@@ -268,6 +268,7 @@ def sharded_classes(rank):
 def errors_of_distributed_tensors(rank):
     """What is raised for logits, a target and weights of rows that have no loss of shards."""
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
 
     mesh = torch.distributed.init_device_mesh("cpu", (PROCESSES,))
     input, target, _ = make((8, 6))
@@ -276,6 +277,8 @@ def errors_of_distributed_tensors(rank):
     f = distribute_tensor(torch.ones(8), mesh, [Shard(0)]).requires_grad_()
     in_positions = distribute_tensor(torch.randn(2, 4, 6), mesh, [Shard(1)])
     calls = {
+        "classes": lambda: xent_ext.cross_entropy(distribute_tensor(input, mesh, [Shard(1)]), rows),
+        "loss_parallel": lambda: xent_ext.CrossEntropyLoss()(distribute_tensor(input, mesh, [Shard(1)]), rows),
         "summands": lambda: xent_ext.cross_entropy(logits.sum(0).redistribute(mesh, [Partial()]), rows[0]),
         "positions": lambda: xent_ext.cross_entropy(in_positions, rows.view(2, 4), shift=True),
         "target": lambda: xent_ext.cross_entropy(logits, target),
@@ -285,7 +288,8 @@ def errors_of_distributed_tensors(rank):
     }
     found = {}
     for name, function in calls.items():
-        with pytest.raises(Exception) as caught:  # noqa: PT011
+        context = loss_parallel if name == "loss_parallel" else contextlib.nullcontext
+        with context(), pytest.raises(Exception) as caught:  # noqa: PT011
             function()
         found[name] = f"{caught.type.__name__}: {caught.value}"
     return found
@@ -338,8 +342,8 @@ def test_distributed_tensors_in_a_graph(found, name):
 
 @distributed
 def test_distributed_classes(found):
-    """Under PyTorch's name, within `loss_parallel` or not (and on older ones by PyTorch's own)."""
-    input, target, _ = make((8, 7))
+    """Logits in shards of the classes are PyTorch's own, which the installed loss leaves them to."""
+    input, target, _ = make((8, 6))
     loss = F.cross_entropy(input.requires_grad_(), target)
     loss.backward()
     for whole in found["DTensor, classes"].values():
@@ -351,8 +355,10 @@ def test_distributed_classes(found):
 @pytest.mark.parametrize(
     ("name", "error"),
     [
+        ("classes", r"NotImplementedError: input must be .*sharded on its batch dimensions, \[0\] .*redistribute"),
+        ("loss_parallel", r"NotImplementedError: input must be .*got S.*torch.nn.functional.cross_entropy"),
         ("summands", r"NotImplementedError: input must be .*got P"),
-        ("positions", r"NotImplementedError: input must be .*\[0\] of shape \(2, 4, 6\), or its classes, got S"),
+        ("positions", r"NotImplementedError: input must be .*\[0\] of shape \(2, 4, 6\), got S"),
         ("target", r"RuntimeError: target must be a DTensor on the mesh of input, got Tensor"),
         ("weights", r"NotImplementedError: sample_weight must not require grad"),
         ("batch size", r"ValueError: Expected input batch_size \(8\) to match target batch_size \(7\)"),

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 
-from . import ops, parallel
+from . import ops
 from .ahead import ahead_on
 from .expectation import expectation_of, shared_expectation
 from .gradients import (
@@ -43,8 +43,6 @@ from .gradients import (
     wanted,
 )
 from .problem import Kept, Tensors, Wanted
-
-OF_FORMULA = "for create_graph=True or batched gradients"  # which the plain formula has
 
 
 class Held(NamedTuple):
@@ -158,8 +156,6 @@ class CrossEntropy(torch.autograd.Function):
             refuse(plain, upstream, overwritten)
             check_version(overwritten, ctx.version)
         if plain:
-            if problem.ranks:
-                raise NotImplementedError(f"classes of several ranks have no gradient {OF_FORMULA}")
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
         if stats or loss.is_neg() or loss._is_zerotensor():
@@ -186,7 +182,7 @@ class CrossEntropy(torch.autograd.Function):
         if call.only_input:
             return None, None, gradient, *call.no_others
         needed = Tensors(*ctx.needs_input_grad[2:])
-        found = gradients(problem, Tensors(*tensors), needed, gradient, slope, kept, upstream)
+        found = gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)
         return None, None, *found[: call.given]
 
 
@@ -198,9 +194,7 @@ def place_of(logits):
 def refitted(call, tensors, kept, expected):
     """Setup and `Kept` for tensors that hooks on saved tensors brought back elsewhere: in other strides, it may be."""
     setup = call.implementation.setup_for(call.problem, tensors, call.setup.wanted)
-    if setup != call.setup and call.problem.ranks:  # the summaries of all ranks do fit
-        kept = kept._replace(gradient=None, slope=None)
-    elif setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
+    if setup != call.setup and not call.problem.inplace:  # what is left of forward does not fit
         _, _, kept = setup.forward(tensors, expected)
         kept = Kept(*kept)
     return setup, kept
@@ -210,12 +204,11 @@ def refitted(call, tensors, kept, expected):
 record = super(torch.autograd.Function, CrossEntropy).apply
 
 
-def gradients(problem, tensors, needed, gradient, slope, kept, upstream):
+def gradients(problem, tensors, needed, gradient, slope, losses, upstream):
     """The gradients of all tensors, as `Tensors`."""
     weight = None
     if needed.sample_weight and upstream.loss is not None:
-        weights = parallel.row_weights(problem, tensors, kept.summary, kept.losses.shape) if problem.ranks else None
-        weight = sample_weight_gradient(problem, tensors, kept.losses, upstream.loss, weights)
+        weight = sample_weight_gradient(problem, tensors, losses, upstream.loss)
     return Tensors(
         gradient if needed.input else None,
         None,
@@ -235,7 +228,7 @@ def gradients_in_graph(ctx, upstream):
     factor = upstream.loss.to(expected.dtype) / expected[0]
     gradient = torch.ops.xent_ext.rescaled(overwritten, ctx.version, factor)
     slope = None if kept.slope is None else kept.slope * factor
-    return gradients(problem, Tensors(*tensors), needed, gradient, slope, kept, upstream)[: call.given]
+    return gradients(problem, Tensors(*tensors), needed, gradient, slope, kept.losses, upstream)[: call.given]
 
 
 # --- In place
@@ -266,7 +259,7 @@ def refuse(plain, upstream, overwritten):
     """Raise RuntimeError where the logits would be needed, but were overwritten."""
     reason = None
     if plain:
-        reason = OF_FORMULA
+        reason = "for create_graph=True or batched gradients"
     elif upstream.has_stats():
         reason = "for the gradient of a statistic"
     elif overwritten is None:

@@ -55,11 +55,6 @@ def implementation_for(input):
     return implementation("triton" if input.is_cuda or BACKEND == "triton" else "cpu")
 
 
-def implementation_of(problem, input):
-    """The same for a problem of which these logits may be a part: it goes by what takes each part."""
-    return importlib.import_module("xent_ext.parallel") if problem.ranks else implementation_for(input)
-
-
 def is_capturing():
     """Whether a CUDA graph is captured: memory that is allocated now is the graph's, and nothing is computed yet."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from . import checks, parallel, reference
-from .layout import batch_shape, class_axis, of_classes
+from . import checks, reference
+from .layout import batch_shape
 from .problem import CrossEntropyStats, Problem, Tensors, scalar
 
 
@@ -37,9 +37,6 @@ class Options(NamedTuple):
     inplace: bool = False
     return_stats: bool | Sequence[str] = False
     shift: bool = False
-    process_group: Any = None  # a torch.distributed.ProcessGroup
-    class_start: int | None = None
-    num_classes: int | None = None
 
     @classmethod
     def that_differ(cls, **options):
@@ -64,17 +61,15 @@ def problem_of(arguments, options):
     reduction = checks.reduction_name(size_average, reduce, reduction)
     ignore_index = checks.integer_ignore_index(ignore_index)
     label_smoothing = checks.smoothing_value(label_smoothing)
-    dtype, sample_weight, seen, is_slice = None, None, input, False
+    dtype, sample_weight, seen = None, None, input
     if options is not None:
         checks.check_options(options, reduction)
-        dtype, sample_weight, is_slice = options.dtype, options.sample_weight, options.process_group is not None
+        dtype, sample_weight = options.dtype, options.sample_weight
         if options.shift:
             checks.check_shift(input, target, sample_weight)
             seen, target, sample_weight = shifted(input, target, sample_weight)
     autocast = isinstance(input, torch.Tensor) and is_autocast(input)
-    checks.check_tensors(
-        seen, target, weight, ignore_index, label_smoothing, autocast=autocast, dtype=dtype, is_slice=is_slice
-    )
+    checks.check_tensors(seen, target, weight, ignore_index, label_smoothing, autocast=autocast, dtype=dtype)
     if options is not None:
         checks.check_option_tensors(options, input, seen, target, sample_weight)
     problem = Problem(
@@ -84,17 +79,13 @@ def problem_of(arguments, options):
         label_smoothing=label_smoothing,
         dtype=reference.result_dtype(seen, target, weight, autocast, dtype),
     )
-    return problem if options is None else with_options(problem, options, seen.shape[class_axis(seen.shape)])
+    return problem if options is None else with_options(problem, options)
 
 
-def with_options(problem, options, columns):
+def with_options(problem, options):
     names = checks.stat_names(options.return_stats)
-    there = (
-        {} if options.process_group is options.num_classes is None else parallel.slice_of(options, columns)._asdict()
-    )
     return dataclasses.replace(
         problem,
-        **there,
         logit_scale=1.0 if isinstance(options.logit_scale, torch.Tensor) else float(options.logit_scale),
         softcap=None if options.softcap is None else float(options.softcap),
         z_loss=float(options.z_loss),
@@ -116,9 +107,6 @@ def tensors_of(problem, arguments, options):
     if problem.shift:
         seen, target, sample_weight = shifted(input, target, sample_weight)
         shape = seen.shape
-    if problem.num_classes:
-        target = of_classes(problem, target) if problem.probabilities else target
-        weight = None if weight is None else of_classes(problem, weight)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(batch_shape(shape)).to(acc)
     if normalizer is not None:

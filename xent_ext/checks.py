@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
@@ -124,7 +123,6 @@ def check_tensors(
     *,
     autocast: bool = False,
     dtype: torch.dtype | None = None,
-    is_slice: bool = False,
 ) -> None:
     """Raise what `F.cross_entropy` raises for these tensors, whatever the values in them.
 
@@ -134,8 +132,7 @@ def check_tensors(
     the input's dtype and without grad, with probabilities of any dtype that promotes. `ignore_index` and
     `label_smoothing` come from `integer_ignore_index` and `smoothing_value`. `autocast` says that autocast is
     on for the input's device, and so that float16, bfloat16 and float32 count as one dtype. `dtype`, if there is
-    one, is what the logits are computed in: a weight of either dtype will do. `is_slice`: other ranks have
-    other classes, and here there may be none.
+    one, is what the logits are computed in: a weight of either dtype will do.
 
     Raises TypeError for what is not a tensor, NotImplementedError for the dtype of `input`, ValueError for
     the batch size of `target`, IndexError for a 0-d `input`, RuntimeError for almost everything else.
@@ -150,7 +147,7 @@ def check_tensors(
     if input.shape == target.shape:
         _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast)
     else:
-        _check_indices(input, target, weight, label_smoothing, autocast, dtype, is_slice)
+        _check_indices(input, target, weight, label_smoothing, autocast, dtype)
 
 
 def _check_probabilities(input, target, weight, ignore_index, label_smoothing, autocast):
@@ -190,7 +187,7 @@ def _check_promotion(input, target, weight, label_smoothing, autocast):
         raise _logits_dtype_error(input)
 
 
-def _check_indices(input, target, weight, label_smoothing, autocast, dtype, is_slice):
+def _check_indices(input, target, weight, label_smoothing, autocast, dtype):
     classes = _classes(input)
     rank = input.dim()
     if input.numel():  # PyTorch looks at the dtype of empty logits later
@@ -212,7 +209,7 @@ def _check_indices(input, target, weight, label_smoothing, autocast, dtype, is_s
         )
     _check_index_shape(input, target)
     _check_weight_shape(input, weight)
-    if classes == 0 and not is_slice and rank not in (1, 2, 4) and target.numel():
+    if classes == 0 and rank not in (1, 2, 4) and target.numel():
         raise RuntimeError(f"input has no classes: expected C > 0 in (N, C, ...), got {tuple(input.shape)}")
     _check_logits_dtype(input, autocast)
     if rank > 2 and target.dtype == torch.uint8 and target.numel():
@@ -343,30 +340,10 @@ def check_options(options, reduction):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name} must be a bool, got {_described(getattr(options, name))}")
     stat_names(options.return_stats)
-    _check_slice(options)
     if options.normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer is what reduction='mean' divides by, got reduction={reduction!r}")
     if options.inplace and reduction == "none":
         raise ValueError("inplace=True is for reduction='mean' and 'sum': the gradient for 'none' is made in backward")
-
-
-def _check_slice(options):
-    """Whether it is clear which classes the logits are."""
-    group, start, classes = options.process_group, options.class_start, options.num_classes
-    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
-            "process_group must be a torch.distributed.ProcessGroup that this process is in, or None, got "
-            f"{_described(group)}"
-        )
-    for name, value, least in (("class_start", start, 0), ("num_classes", classes, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
-            raise TypeError(f"{name} must be an int or None, got {_described(value)}")
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if start is not None and group is None:
-        raise ValueError("class_start is where a rank's classes start: it needs a process_group")
-    if start is not None and classes is None:
-        raise ValueError("class_start needs num_classes: how many classes all ranks have together")
 
 
 def _check_number(name, value):
@@ -559,7 +536,7 @@ def bad_class(problem, tensors):
     """`bad_target` for a call with class indices."""
     if not problem.probabilities:
         shape = visible(problem, tensors.input).shape
-        bad_target(tensors.target, problem.num_classes or shape[class_axis(shape)], problem.ignore_index)
+        bad_target(tensors.target, shape[class_axis(shape)], problem.ignore_index)
 
 
 def bad_target(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, cpu_options, cpu_plain, cpu_slices, memory
+from . import checks, cpu_options, cpu_plain, memory
 from .expectation import MOST_MISSES, compared
 from .layout import arrange_call, batch_shape, gradient_memory, visible
 from .plan import Traffic
@@ -59,11 +59,7 @@ def backward(problem, tensors, wanted, kept, upstream, expected):
         return kept.gradient.mul_(factor), None if kept.slope is None else kept.slope * factor, seen
     rows = Rows(problem, tensors)
     gradient = kept.gradient if ahead else rows.gradient_memory()
-    if problem.ranks:
-        walk = cpu_slices.SliceWalk(rows, kept.summary)
-        _, _, slope = walk.walk(rows.to_write(gradient), upstream, wanted.slope)
-    else:
-        _, _, slope = rows.walk(gradient, upstream, wanted.slope)
+    _, _, slope = rows.walk(gradient, upstream, wanted.slope)
     return gradient, slope, seen
 
 
@@ -81,7 +77,7 @@ class Setup(NamedTuple):
 
 
 def setup_for(problem, tensors, wanted):
-    return (SliceSetup if problem.ranks else Setup)(problem, wanted)
+    return Setup(problem, wanted)
 
 
 def traffic(problem, tensors, want_gradient):
@@ -114,39 +110,7 @@ def rows_per_block(layout, acc):
         size //= 4
     elif layout.strides[0][2] != 1:
         size //= 2
-    return max(size // (max(layout.classes, 1) * acc.itemsize), 1)
-
-
-class SliceSetup(NamedTuple):
-    """The passes over a slice of the classes, of which other ranks have the rest (see `xent_ext.parallel`)."""
-
-    problem: Problem
-    wanted: Wanted
-
-    def summarise(self, tensors, packed):
-        """Write the summary of each row to `packed`, (fields, rows)."""
-        cpu_slices.SliceWalk(Rows(self.problem, Tensors(*tensors))).summarise(packed)
-
-    def forward(self, tensors, expected, gathered):
-        """`Setup.forward`, with the summaries of all ranks, (ranks, fields, rows).
-
-        The loss is that of each row for "none", else None: the row losses are among what is kept.
-        """
-        rows, stats = Rows(self.problem, Tensors(*tensors)), self.problem.stats
-        gradient, factor = None, None
-        if self.wanted.gradient and expected is not None and self.problem.reduction != "none":
-            factor, misses = expected
-            gradient = rows.gradient_memory() if misses < MOST_MISSES else None
-        walk = cpu_slices.SliceWalk(rows, gathered)
-        losses, stats, slope = walk.walk(rows.to_write(gradient), Upstream(factor), self.wanted.slope, stats)
-        loss = None
-        if self.problem.reduction == "none":
-            weighted = losses if rows.sample_weight is None else losses * rows.sample_weight
-            loss = rows.in_batch(weighted, self.problem.dtype)
-        return loss, tuple(rows.in_batch(each) for each in stats), (gradient, slope, rows.in_batch(losses))
-
-    def backward(self, tensors, kept, upstream, expected):
-        return backward(self.problem, Tensors(*tensors), self.wanted, kept, upstream, expected)
+    return max(size // (layout.classes * acc.itemsize), 1)
 
 
 class Rows:
@@ -158,10 +122,9 @@ class Rows:
         self.input, q, self.layout = arrange_call(problem, tensors)
         self.shape = (self.layout.outer, self.layout.inner)
         self.rows_per_block = rows_per_block(self.layout, self.acc)
-        self.classes = problem.num_classes if problem.ranks else self.layout.classes  # those of other ranks included
         self.weight = None if tensors.weight is None else tensors.weight.to(self.acc)
         self.x = self.by_class(self.input, 0)
-        self.q = self.index = self.here = self.ignored = self.counted = self.weights = self.sample_weight = None
+        self.q = self.index = self.ignored = self.counted = self.weights = self.sample_weight = None
         if problem.probabilities:
             self.q = self.by_class(q, 2)
         else:
@@ -177,10 +140,6 @@ class Rows:
 
     def gradient_memory(self):
         return gradient_memory(self.problem, self.tensors.input, self.input, memory.empty_like)
-
-    def to_write(self, gradient):
-        """A gradient, or None, as (outer, inner, class)."""
-        return None if gradient is None else self.by_class(visible(self.problem, gradient), 1)
 
     def by_class(self, tensor, which):
         """A tensor of the visible input's shape as (outer, inner, class); `which` of the layout's strides it has."""
@@ -215,20 +174,13 @@ class Rows:
             # A product: to fill, or to choose, by a mask that no one foresees takes three times as long.
             index, self.counted = index * counted, counted.to(self.acc)
             low, high = (value.item() for value in torch.aminmax(index))
-        if low < 0 or high >= self.classes:
+        if low < 0 or high >= self.layout.classes:
             checks.bad_class(self.problem, self.tensors)  # raises
-        self.index = index if not self.problem.ranks else self.of_slice(index)
-        if self.weight is not None and self.layout.classes:
-            self.weights = self.cleared_(self.weight.index_select(0, self.index.reshape(-1)).view(self.shape))
+        self.index = index
+        if self.weight is not None:
+            self.weights = self.cleared_(self.weight.index_select(0, index.reshape(-1)).view(self.shape))
         else:
             self.weights = self.counted
-
-    def of_slice(self, index):
-        """Class indices among the classes that are here, 0 where they are not; notes which are."""
-        index = index - self.problem.class_start
-        here = (index >= 0) & (index < self.layout.classes)
-        self.here = here.to(self.acc)
-        return index * here
 
     def normalizer(self):
         """What the sum of the row losses is divided by."""
@@ -257,19 +209,17 @@ class Rows:
     def point_mass(self):
         """The mass at each row's class index beside the dense mass, (outer, inner) or 0-dim."""
         point = torch.tensor(1 - self.problem.label_smoothing, dtype=self.acc)
-        if self.here is not None:
-            point = point * self.here
         return point if self.weights is None else self.weights * point
 
     def smoothing_mass(self):
         """The mass that smoothing gives to every class, (class) or 0-dim."""
-        mass = torch.tensor(self.problem.label_smoothing / self.classes, dtype=self.acc)
+        mass = torch.tensor(self.problem.label_smoothing / self.layout.classes, dtype=self.acc)
         return mass if self.weight is None else mass * self.weight
 
     def smoothed(self, q, out=None):
         """Probabilities that are smoothed."""
         eps = self.problem.label_smoothing
-        return torch.add(torch.tensor(eps / self.classes, dtype=self.acc), q, alpha=1 - eps, out=out)
+        return torch.add(torch.tensor(eps / self.layout.classes, dtype=self.acc), q, alpha=1 - eps, out=out)
 
     def cleared_(self, values, value=0):
         """Values by row, which are changed, or None: with this one in ignored rows."""
@@ -317,7 +267,7 @@ class Rows:
 
         The gradient for `upstream` is written, if one is wanted.
         """
-        g = self.to_write(gradient)
+        g = None if gradient is None else self.by_class(visible(self.problem, gradient), 1)
         if not self.plain or upstream.has_stats() or with_slope:
             return cpu_options.walk(self, g, upstream, with_slope, stats)
         return cpu_plain.walk(self, g, None if g is None else self.upstream_scale(upstream.loss)), (), None

@@ -136,12 +136,22 @@ class Walk:
         given = x
         if "slope" in more and p is g and self.rows.problem.inplace:  # which needs the logits when they are overwritten
             given = buffer_like(x, self.rows.acc, "given").copy_(x)
-        z, capped = self.transformed(self.widened(x))
+        if x.dtype != self.rows.acc:
+            x = buffer_like(x, self.rows.acc, "widened").copy_(x)
+        z, capped = self.transformed(x)
         b = self.probabilities(z, p, q, index, row, more)
         if g is None:
             return
         self.scale_by_mass(p, q, row, more)
-        self.subtract_targets(p, b, q, index, row, more)
+        if b is not None:
+            p.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
+        if index is not None:
+            point = row.point * -row.scale
+            if "logprob_upstream" in more:
+                point += more["logprob_upstream"]
+            p.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), point.unsqueeze(1))
+        elif "logprob_upstream" in more:
+            p.addcmul_(q.to(self.rows.acc), more["logprob_upstream"].unsqueeze(-1))
         if capped is not None:
             p.mul_(capped.square_().neg_().add_(1))
         if "slope" in more:
@@ -152,9 +162,6 @@ class Walk:
             p.masked_fill_(ignored.unsqueeze(-1), 0)
         if p is not g:
             g.copy_(p)
-
-    def widened(self, x):
-        return x if x.dtype == self.rows.acc else buffer_like(x, self.rows.acc, "widened").copy_(x)
 
     def transformed(self, x):
         """z, and z / softcap if there is a cap."""
@@ -218,18 +225,6 @@ class Walk:
         up, distance = more["entropy_upstream"], more["distance"]
         mass += up * more["mean_distance"]
         p.mul_(distance.mul_(-up.unsqueeze(-1)).add_(mass.unsqueeze(-1)))
-
-    def subtract_targets(self, p, b, q, index, row, more):
-        """Subtract the target masses from the gradient, and add what comes of the targets' log-probabilities."""
-        if b is not None:
-            p.addcmul_(b, row.scale.unsqueeze(-1), value=-1)
-        if index is not None:
-            point = row.point * -row.scale
-            if "logprob_upstream" in more:
-                point += more["logprob_upstream"] * more.get("here", 1)
-            p.transpose(1, 2).scatter_add_(1, index.unsqueeze(1), point.unsqueeze(1))
-        elif "logprob_upstream" in more:
-            p.addcmul_(q.to(self.rows.acc), more["logprob_upstream"].unsqueeze(-1))
 
     def dense_mass(self, q):
         """The mass that every class has beside the point mass, as (), (C) or (outer, inner, C)."""

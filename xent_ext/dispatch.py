@@ -14,7 +14,6 @@ for that: that its arguments are right, and a `Loss`, with its launches.
 """
 
 import contextlib
-import math
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +27,9 @@ from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum
 from torch.overrides import has_torch_function_variadic
 
-from . import agreement, autograd, backends, checks, cpu_own, ops, parallel, reference
+from . import autograd, backends, checks, cpu_own, ops, reference
 from .backends import HAS_TRITON, implementation
 from .call import is_autocast, prepare, problem_of, statistics, tensors_of
-from .layout import batch_shape, visible
 
 # Kept here, so that what stands under this name later does not matter.
 torch_cross_entropy = F.cross_entropy
@@ -167,8 +165,6 @@ def forget():
 
 def look_at(key, arguments, options):
     """Check a call, and find who takes it."""
-    if backends.CHECK and options is not None and options.process_group is not None:
-        agreement.check(options.process_group, prepare, arguments, options)
     problem, tensors = prepare(arguments, options)
     tensors = plain(tensors)
     name, _ = route(tensors, problem, options is not None)
@@ -177,7 +173,7 @@ def look_at(key, arguments, options):
     if name in ("torch", "plain"):
         found = PYTORCH if name == "torch" else FORMULA
     else:
-        found = autograd.Loss(parallel if problem.ranks else implementation(name), problem, tensors)
+        found = autograd.Loss(implementation(name), problem, tensors)
     if key is not None and not backends.is_capturing():
         if len(_kept) >= MOST_KEPT:
             _kept.clear()
@@ -289,19 +285,12 @@ def is_distributed(tensor):
 def route(tensors, problem, with_options):
     """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
     name, reason = supported_route(tensors, problem, with_options)
-    if problem.ranks and name == "torch" and rows_of(problem, tensors):
-        raise NotImplementedError(f"classes of several ranks have no loss where nothing fused takes the call: {reason}")
     return ("plain" if with_options and name == "torch" else name), reason
-
-
-def rows_of(problem, tensors):
-    """How many rows a call has."""
-    return math.prod(batch_shape(visible(problem, tensors.input).shape))
 
 
 def supported_route(tensors, problem, with_options):
     """`route`, with "torch" for all that no implementation takes."""
-    name, reason = implementation_of(tensors, rows_of(problem, tensors) if problem.ranks else tensors.input.numel())
+    name, reason = implementation_of(tensors)
     if name == "cpu" and (torch.compiler.is_compiling() or not with_options):
         if is_small(tensors.input, tensors.target, problem.reduction, problem.label_smoothing):
             what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
@@ -309,15 +298,15 @@ def supported_route(tensors, problem, with_options):
     return name, reason
 
 
-def implementation_of(tensors, size):
+def implementation_of(tensors):
     """(name of the implementation for these tensors, or "torch" where there is none; why), whatever their size.
 
-    The first three are input, target and weight. A `size` of 0 is nothing to compute.
+    The first three are input, target and weight.
     """
     input = tensors[0]
     if backends.BACKEND == "torch":
         return "torch", "XENT_EXT_BACKEND=torch"
-    if reason := unsupported(tensors, size):
+    if reason := unsupported(tensors):
         return "torch", reason
     if input.is_cuda or (input.is_cpu and backends.BACKEND == "triton"):
         if not HAS_TRITON:
@@ -328,10 +317,10 @@ def implementation_of(tensors, size):
     return "cpu", "the logits are on a CPU"
 
 
-def unsupported(tensors, size):
+def unsupported(tensors):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
     traced = torch.compiler.is_compiling()  # an operator gets neither negative views nor zeros without memory
-    _, target, weight = tensors[:3]
+    input, target, weight = tensors[:3]
     for tensor in tensors:
         if tensor is None:
             continue
@@ -345,7 +334,7 @@ def unsupported(tensors, size):
             return "zeros without memory"
         if tensor.dtype not in DTYPES and (tensor is not target or tensor.is_floating_point()):
             return f"dtype {tensor.dtype}"
-    if size == 0:
+    if input.numel() == 0 or target.numel() == 0:
         return "nothing to compute"
     if torch.is_grad_enabled():
         for name, tensor in (("target", target), ("weight", weight)):

@@ -22,7 +22,6 @@ def cross_entropy(
     dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
     z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
     on_all_ignored: str = ..., inplace: bool = ..., return_stats: Literal[False] = ..., shift: bool = ...,
-    process_group: Any = ..., class_start: int | None = ..., num_classes: int | None = ...,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -31,7 +30,6 @@ def cross_entropy(
     dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
     z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
     on_all_ignored: str = ..., inplace: bool = ..., return_stats: Literal[True] | Sequence[str], shift: bool = ...,
-    process_group: Any = ..., class_start: int | None = ..., num_classes: int | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 @overload
 def cross_entropy(
@@ -40,7 +38,6 @@ def cross_entropy(
     dtype: torch.dtype | None = ..., logit_scale: float | Tensor = ..., softcap: float | None = ...,
     z_loss: float = ..., sample_weight: Tensor | None = ..., normalizer: float | Tensor | None = ...,
     on_all_ignored: str = ..., inplace: bool = ..., return_stats: bool | Sequence[str], shift: bool = ...,
-    process_group: Any = ..., class_start: int | None = ..., num_classes: int | None = ...,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
 # fmt: on
 def cross_entropy(
@@ -63,9 +60,6 @@ def cross_entropy(
     inplace: bool = False,
     return_stats: bool | Sequence[str] = False,
     shift: bool = False,
-    process_group: Any = None,
-    class_start: int | None = None,
-    num_classes: int | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""`torch.nn.functional.cross_entropy`, with the gradient made while the logits are read for the loss.
 
@@ -115,16 +109,6 @@ def cross_entropy(
             position t predicts target t + 1. The loss and the statistics have rows (B, T - 1); `sample_weight` (B, T)
             goes with the target, so that its first column is not used. The logits are not copied, and the gradient of
             their last position is 0.
-        num_classes: how many classes there are where the input has more columns, such as 50257 of 50304. Columns from
-            there on are padding: they take no part, and their gradient is 0. `weight` and probabilities have the
-            columns of the input.
-        process_group: a `torch.distributed.ProcessGroup` whose ranks share the classes. `input` is then this rank's
-            slice of them, as are `weight` and a target of probabilities; all else is the same on every rank, a class
-            index stands for one of all classes, and every rank calls this at once. The loss and the statistics are
-            equal on all ranks to the bit, and the gradient is that of this rank's slice, without a collective in
-            backward. Each rank's gradient of `logit_scale` is the share of its slice, to be added up.
-        class_start: which class the first column of this rank's slice is, for slices of any sizes, empty ones too; then
-            `num_classes` is that of all ranks. Without it they are of equal size, in the order of the ranks.
 
     Returns:
         The loss, of the input's dtype (for probabilities: promoted with the target's and weight's; under
@@ -145,7 +129,6 @@ def cross_entropy(
     """
     if (  # written out: few logits take few microseconds
         dtype is softcap is sample_weight is normalizer is None
-        and process_group is class_start is num_classes is None
         and inplace is return_stats is shift is False
         and type(logit_scale) is type(z_loss) is float
         and logit_scale == 1.0
@@ -157,9 +140,8 @@ def cross_entropy(
             return dispatch.small(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     else:
         options = Options(
-            dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats,
-            shift, process_group, class_start, num_classes,
-        )  # fmt: skip
+            dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats, shift
+        )
     arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if is_overridden(arguments, options):
         return overridden(arguments, options)

@@ -80,13 +80,10 @@ def made_for(upstream, problem, tensors, wanted):
     return Kept(*kept)
 
 
-def sample_weight_gradient(problem, tensors, losses, upstream, weights=None):
-    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that.
-
-    `weights` are the row weights and which rows count, if they are known.
-    """
+def sample_weight_gradient(problem, tensors, losses, upstream):
+    """The row losses times `upstream`; over the normaliser for a mean, less what they add to that."""
     f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
-    weights, counted = weights or reference.row_weights(problem, tensors, losses)
+    weights, counted = reference.row_weights(problem, tensors, losses)
     if problem.reduction == "mean":
         normalizer = tensors.normalizer
         if normalizer is None:

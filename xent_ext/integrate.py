@@ -32,7 +32,7 @@ def install() -> None:
     - what `torch.jit.script` compiled or compiles: it gets PyTorch's own.
 
     A `__torch_function__` that a tensor subclass has of its own is given PyTorch's function, which its tables know. A
-    `DTensor`, too, goes to PyTorch's own, unless it is sharded on the classes, within `loss_parallel` or not.
+    `DTensor`, too, goes to PyTorch's own, however it is sharded.
     """
     _update(forever=True)
 
@@ -74,9 +74,9 @@ def cross_entropy(
         return torch_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    if is_distributed(input):
-        return of_shards(
-            Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if is_distributed(input):  # also within `loss_parallel`, and sharded in any way
+        return torch_cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
         # Subclasses may know PyTorch's function only; a mode, a default device for one, calls what it is given.
@@ -96,16 +96,6 @@ def cross_entropy(
     return dispatch.cross_entropy(
         None, Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     )
-
-
-def of_shards(arguments):
-    """The loss of `DTensor` logits: the fused one where the classes are sharded, if there is one; else PyTorch's own."""
-    from .sharded import has_shards_of_classes
-
-    if has_shards_of_classes(arguments.input):
-        with contextlib.suppress(NotImplementedError):  # which is raised before anything is sent
-            return dispatch.cross_entropy(None, arguments)
-    return torch_cross_entropy(*arguments)
 
 
 def has_own_functions(tensor):

@@ -106,61 +106,28 @@ def contiguous(tensor):
 
 
 def visible(problem, input):
-    """The logits that take part, (N, C, ...): with `shift` not those of the last position, and never a padded class."""
-    if problem.shift:
-        input = input[:, :-1].transpose(1, 2)
-    return of_classes(problem, input) if problem.num_classes else input
-
-
-def of_classes(problem, tensor):
-    """Of logits, of probabilities or of one number for each of their classes: the columns that are classes."""
-    axis = class_axis(tensor.shape)
-    there = max(min(tensor.shape[axis], problem.num_classes - problem.class_start), 0)
-    return tensor.narrow(axis, 0, there)
+    """The logits whose rows take part, (N, C, ...): with `shift` all but those of the last position."""
+    return input[:, :-1].transpose(1, 2) if problem.shift else input
 
 
 def arrange_call(problem, tensors):
     """`arrange` for the visible logits; their gradient is to be `visible` in `gradient_memory`."""
 
-    def partial_stride(x):
-        like = without_data(whole_like(problem, tensors.input, x))
-        return visible(problem, like if problem.inplace else torch.empty_like(like)).stride()
+    def shifted_stride(x):
+        return visible(problem, torch.empty_like(tensors.input, device="meta")).stride()
 
-    strides = partial_stride if problem.is_partial else torch.Tensor.stride if problem.inplace else gradient_stride
+    strides = torch.Tensor.stride if problem.inplace else shifted_stride if problem.shift else gradient_stride
     return arrange(visible(problem, tensors.input), tensors.target if problem.probabilities else None, strides)
 
 
-def without_data(tensor):
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def whole_like(problem, input, x):
-    """What has the shape of the whole input, and strides like x, the visible part of it as `arrange_call` returns it.
-
-    Where that had to be copied, it is in order of memory.
-    """
-    if not problem.is_partial:
-        return x
-    return input if x.stride() == visible(problem, input).stride() else input.new_empty(input.shape)
-
-
 def gradient_memory(problem, input, x, empty_like=torch.empty_like):
-    """Memory for the gradient with respect to the whole input; 0 where that is not visible.
+    """Memory for the gradient with respect to the whole input; 0 where no row is visible.
 
-    x is the input as `arrange_call` returns it: visible, perhaps copied. With `inplace` the gradient takes its place.
+    x is the input as `arrange_call` returns it: visible, perhaps copied (never with `shift`, whose batch has but two
+    dimensions). With `inplace` the gradient takes its place.
     """
-    like = whole_like(problem, input, x)
+    like = input if problem.shift else x
     memory = like.detach() if problem.inplace else empty_like(like)
     if problem.shift:
         memory[:, -1].zero_()
-    if problem.num_classes:
-        padding_of(problem, memory).zero_()
     return memory
-
-
-def padding_of(problem, tensor):
-    """The columns of logits that are no classes."""
-    if problem.shift:
-        tensor = tensor.transpose(1, 2)
-    axis, there = class_axis(tensor.shape), of_classes(problem, tensor).shape[class_axis(tensor.shape)]
-    return tensor.narrow(axis, there, tensor.shape[axis] - there)

@@ -125,7 +125,7 @@ class Rows:
         """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""
         if not self.tensors.input.shape[-1]:
             return "torch", "the layer has no inputs"
-        name, reason = dispatch.implementation_of((*self.tensors, *self.layer), self.tensors.input.numel())
+        name, reason = dispatch.implementation_of((*self.tensors, *self.layer))
         if name != "torch" and self.is_small():
             return "torch", "logits of this size are made at once"
         return name, reason

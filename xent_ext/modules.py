@@ -52,9 +52,6 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace: bool = False,
         return_stats: bool | Sequence[str] = False,
         shift: bool = False,
-        process_group: Any = None,
-        class_start: int | None = None,
-        num_classes: int | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         options = options_of_module(
@@ -66,9 +63,6 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace=inplace,
             return_stats=return_stats,
             shift=shift,
-            process_group=process_group,
-            class_start=class_start,
-            num_classes=num_classes,
         )
         if options:
             self._xent_ext_options = options

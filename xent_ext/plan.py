@@ -115,8 +115,6 @@ class Traffic:
     bytes_read: int  # forward and backward, with the upstream gradient that was expected
     bytes_written: int
     memory: int  # bytes allocated beyond the arguments, the gradient included
-    sent: int = 0  # by this rank to each of the others, where they share the classes
-    received: int = 0  # by this rank from all others
 
 
 SCHEDULES = ("resident", "streaming", "split")
@@ -173,7 +171,7 @@ def most_logits_per_thread(layout, itemsize, accumulated, dense, edge):
     return most // 4 if accumulated == 8 else most
 
 
-def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, schedule=None, summarised=False):
+def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, schedule=None):
     """Schedule and launch numbers for logits seen as `layout`.
 
     Args:
@@ -183,13 +181,12 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
         dense: whether every class has target mass: class probabilities, or label smoothing.
         aligned: whether every tensor starts on 16 bytes.
         schedule: one of SCHEDULES to have that one; ValueError where it cannot be.
-        summarised: whether rows are left as summaries, and walked again for their gradient: nothing is held then.
     """
     _, s_inner, s_class = layout.strides[0]
     neighbours = s_inner == 1 and s_class != 1 and layout.inner > 1
     edge = edge_vector(layout, itemsize) if aligned else 0
     most = most_logits_per_thread(layout, itemsize, accumulated, dense, edge)
-    if schedule in (None, "resident") and not summarised:
+    if schedule in (None, "resident"):
         block, rest = pieces(layout.classes, edge, fullest(layout, itemsize, dense, neighbours))
         if neighbours:
             found = resident_neighbours(layout, itemsize, most, device, block, rest)
@@ -199,8 +196,6 @@ def plan(layout, itemsize, accumulated, device, dense=False, aligned=True, sched
         if found or schedule:
             return found or cannot(schedule, layout)
     few = layout.rows < device.processors
-    if schedule == "resident":
-        schedule = None
     if schedule == "split" or (schedule is None and few and not neighbours):
         return cannot(schedule, layout) if neighbours else split(layout, most, device, edge)
     return streaming(layout, itemsize, most, device, edge, neighbours, dense)
@@ -283,7 +278,7 @@ def streams(logits, itemsize, device):
     that again and written its gradient, so it has made three accesses to at most a row. With too few processors at
     work their instructions take longer than the memory: half of them can feed it in half precision, a quarter else.
     """
-    fitting = int(device.tuning.usable_l2 * device.l2_bytes) // max(3 * logits * itemsize, 1)
+    fitting = int(device.tuning.usable_l2 * device.l2_bytes) // (3 * logits * itemsize)
     return max(min(fitting, device.processors), device.processors // itemsize)
 
 

@@ -23,16 +23,6 @@ class Problem:
     shift: bool = False  # the input is (B, T, C), and its rows are those of `layout.visible`
     inplace: bool = False  # the gradient takes the memory of the input
     stats: tuple = ()  # names of `reference.STATS`, in that order
-    num_classes: int = 0  # of all ranks, where the input may have columns beyond them, or a part of them; 0: its own
-    class_start: int = 0  # which of them the input's first column is
-    group: str = ""  # the name of the process group whose ranks have the other classes (see `xent_ext.parallel`)
-    ranks: int = 0  # how many they are with this one, which is the
-    rank: int = 0  # so-manieth; 0 and 0 where there is no group
-
-    @property
-    def is_partial(self):
-        """Whether some of the input may take no part (see `layout.visible`)."""
-        return self.shift or self.num_classes > 0
 
 
 class Tensors(NamedTuple):

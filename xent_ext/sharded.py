@@ -1,25 +1,20 @@
-"""`DTensor` logits: the fused loss of each shard of the batch or of the classes, where it is.
-
-Imported when there are any.
-"""
+"""`DTensor` logits: the fused loss of each shard of the batch, where it is. Imported when there are any."""
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from . import parallel, reference
+from . import reference
 from .backends import RECENT
 from .call import Arguments, Options, prepare, problem_of, statistics
 from .layout import batch_shape, class_axis, visible
 
 
 class Shards:
-    """A call with a `DTensor` of logits, sharded on the batch or the classes or not, and the call that is made of it.
+    """A call with a `DTensor` of logits, replicated or sharded on the batch, and the call that is made of it here.
 
     `arguments` and `options` are those of the shard that is here; `whole` makes its results those of all. A sum or a
-    mean is `Partial` over shards of the batch, each of which divides by the normaliser of all. Shards of the classes
-    have the same results: they are ranks of a process group to the call here. The other tensors are redistributed: to
-    where the rows, or the classes, of the logits are, or to everywhere.
+    mean is `Partial` over the shards, each of which divides by the normaliser of all. The other tensors are
+    redistributed: to where the rows of the logits are, or to everywhere.
     """
 
     def __init__(self, arguments, options):
@@ -29,30 +24,25 @@ class Shards:
         self.place(arguments.input)
         self.arguments = self.arguments_here()
         self.options = self.options_here()
-        if problem.reduction == "mean" and self.options.normalizer is None and any(p.is_partial() for p in self.summed):
-            found, of_classes = normalizer(self.arguments, self.options)
-            total = DTensor.from_local(found, self.mesh, self.parts if of_classes else self.summed, run_check=False)
+        if problem.reduction == "mean" and self.options.normalizer is None:
+            total = self.total(normalizer(self.arguments, self.options))
             self.options = self.options._replace(normalizer=local(total, self.everywhere))
 
     def place(self, input):
         """Where the tensors are: placements on the mesh of the logits."""
         self.mesh, self.logits = input.device_mesh, input.placements
-        self.shape = batch_shape(visible(self.problem, torch.empty(input.shape, device="meta")).shape)
-        axis, one = axis_of_classes(self.problem, input), Replicate()
-        self.classes = next((d for d, p in enumerate(self.logits) if p.is_shard(axis)), None)  # dimension of the mesh
-        of_rows = [one if d == self.classes else p for d, p in enumerate(self.logits)]
-        self.rows = [Shard(p.dim - 1) if p.is_shard() and p.dim > axis else p for p in of_rows]
-        self.everywhere = [one for _ in self.logits]
-        self.by_class = [Shard(0) if d == self.classes else one for d, _ in enumerate(self.logits)]
-        self.summed = [Partial() if p.is_shard() else p for p in of_rows]  # a part from each shard of the batch
-        self.parts = [Partial() if p.is_shard() else p for p in self.logits]  # and of the classes
+        self.shape = batch_shape(visible(self.problem, input).shape)
+        axis = class_axis(input.shape)
+        self.rows = [Shard(p.dim - 1) if p.is_shard() and p.dim > axis else p for p in self.logits]
+        self.everywhere = [Replicate() for _ in self.logits]
+        self.summed = [Partial() if p.is_shard() else p for p in self.logits]  # a part from each shard
 
     def arguments_here(self):
         given, problem = self.given, self.problem
         return Arguments(
             input=given.input.to_local(),
-            target=self.placed(given.target, self.logits if problem.probabilities else self.rows),
-            weight=self.placed(given.weight, self.by_class, self.summed),
+            target=local(given.target, self.logits if problem.probabilities else self.rows),
+            weight=local(given.weight, self.everywhere, self.summed),
             ignore_index=given.ignore_index,
             reduction=problem.reduction,
             label_smoothing=given.label_smoothing,
@@ -61,29 +51,11 @@ class Shards:
     def options_here(self):
         given = self.options_given
         return given._replace(
-            sample_weight=self.placed(given.sample_weight, self.rows),
-            normalizer=self.placed(given.normalizer, self.everywhere),
-            logit_scale=self.placed(given.logit_scale, self.everywhere, self.parts),
+            sample_weight=local(given.sample_weight, self.rows),
+            normalizer=local(given.normalizer, self.everywhere),
+            logit_scale=local(given.logit_scale, self.everywhere, self.summed),
             return_stats=self.problem.stats,
-            **self.slice_here(),
         )
-
-    def slice_here(self):
-        """Which classes are here, as options."""
-        if self.classes is None:
-            return {}
-        input, axis = self.given.input, axis_of_classes(self.problem, self.given.input)
-        _, starts = compute_local_shape_and_global_offset(input.shape, self.mesh, self.logits)
-        classes = self.problem.num_classes or input.shape[axis]
-        return {
-            "process_group": self.mesh.get_group(self.classes), "class_start": starts[axis], "num_classes": classes,
-        }  # fmt: skip
-
-    def placed(self, value, placements, of_gradient=None):
-        """What is here of a tensor in these placements; a plain one is the same everywhere."""
-        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
-            value = DTensor.from_local(value, self.mesh, self.everywhere, run_check=False)
-        return local(value, placements, of_gradient)
 
     def whole(self, found):
         """The loss of all shards, and statistics if there are any, from what was found here."""
@@ -111,25 +83,15 @@ def local(value, placements, of_gradient=None):
     return value.redistribute(placements=placements).to_local(grad_placements=of_gradient)
 
 
-def has_shards_of_classes(input):
-    return any(placement.is_shard(class_axis(input.shape)) for placement in input.placements)
-
-
-def axis_of_classes(problem, input):
-    return 2 if problem.shift else class_axis(input.shape)
-
-
 def normalizer(arguments, options):
-    """What the mean of these rows divides by, the sum of their weights; whether other classes here add to it."""
+    """What the mean of these rows divides by: the sum of their weights."""
     problem, tensors = prepare(arguments, options)
     ones = torch.ones(
         batch_shape(visible(problem, tensors.input).shape),
         dtype=reference.accumulation_dtype(problem.dtype),
         device=tensors.input.device,
     )
-    if not problem.ranks:
-        return reference.mean_normalizer(problem, tensors, ones), False
-    return parallel.normalizer_here(problem, tensors, ones)
+    return reference.mean_normalizer(problem, tensors, ones)
 
 
 def check(problem, options, arguments):
@@ -140,30 +102,20 @@ def check(problem, options, arguments):
             f"DTensor logits need PyTorch 2.12 or newer, got {torch.__version__}; call "
             "torch.nn.functional.cross_entropy, or give input.to_local()"
         )
-    axis = axis_of_classes(problem, input)
-    batch = {0} if problem.shift else set(range(input.dim())) - {axis}
+    batch = {0} if problem.shift else set(range(input.dim())) - {class_axis(input.shape)}
     for placement in input.placements:
-        if not placement.is_replicate() and not (type(placement) is Shard and placement.dim in {*batch, axis}):
+        if not placement.is_replicate() and not (type(placement) is Shard and placement.dim in batch):
             raise NotImplementedError(
                 f"input must be replicated or sharded on its batch dimensions, {sorted(batch)} of shape "
-                f"{tuple(input.shape)}, or its classes, got {placement}; call input.redistribute(placements=...) before"
+                f"{tuple(input.shape)}, got {placement}; call input.redistribute(placements=...) before, or "
+                "torch.nn.functional.cross_entropy, which takes logits sharded on the classes"
             )
-    if sum(placement.is_shard(axis) for placement in input.placements) > 1:
-        raise NotImplementedError(
-            f"the classes of input must be sharded on one dimension of its mesh, got {input.placements}"
-        )
-    if options.process_group is not None:
-        raise ValueError("process_group is for plain tensors: a DTensor says where its classes are")
-    has_shards_of_batch = any(placement.is_shard() and placement.dim in batch for placement in input.placements)
     tensors = {"target": arguments.target, "weight": arguments.weight, **options._asdict()}
     for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) or getattr(value, "device_mesh", None) == input.device_mesh:
-            continue
-        if has_shards_of_batch or isinstance(value, DTensor):
+        if isinstance(value, torch.Tensor) and getattr(value, "device_mesh", None) != input.device_mesh:
             raise RuntimeError(f"{name} must be a DTensor on the mesh of input, got {type(value).__name__}")
     f = options.sample_weight
-    of_all = problem.reduction == "mean" and options.normalizer is None and has_shards_of_batch
-    if f is not None and f.requires_grad and of_all:
+    if f is not None and f.requires_grad and problem.reduction == "mean" and options.normalizer is None:
         raise NotImplementedError(
             "sample_weight must not require grad with reduction='mean' over DTensor logits: give a normalizer"
         )
