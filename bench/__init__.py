@@ -1,8 +1,8 @@
 """Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
     __main__       the command line: a command is a module of this package
-    run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, plot, compare
-                   the commands; *_report: what their results look like
+    run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, compile, model, plot,
+    compare        the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation
     shapes, tasks  what is measured: logits and layers, and models to train
     case, workers  the calls themselves, and the processes they run in
@@ -14,7 +14,8 @@
                    the search of `tune`, and the launch numbers that it tries put to work
     offline, assembly: compiling for a GPU that need not be there
 
-Most commands need the `bench` extra: `pip install -e ".[bench]"`.
+They are run in a checkout, as the wheel holds the loss alone. Most commands need the `bench` extra: `pip install -e
+".[bench]"`.
 """
 
 import os

@@ -17,6 +17,8 @@ COMMANDS = {
     "compare": "compare two results, with an exit status for what became slower",
     "tune": "search the launch numbers for a GPU; without one, print what the plan chooses",
     "cpu_sizes": "measure from how many logits on blocks beat PyTorch's own on a CPU",
+    "compile": "what the first call pays for compiling the kernels, without a GPU",
+    "model": "what a model says of the kernels on GPUs: the tables of bench/TUNING.md",
     "kernels": "compile every variant of the kernels, without a GPU",
 }
 # Without a command: what takes about two minutes.

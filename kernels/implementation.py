@@ -68,6 +68,9 @@ def clusters_work(device, plan):
 _checked = {}
 
 
+alike = functools.partial(torch.allclose, rtol=1.3e-6, atol=1e-5)  # float32, as torch.testing has it
+
+
 def check_clusters(device, plan):
     """Whether the plan's clusters give the loss and gradient that `streaming` gives, on a few rows.
 
@@ -86,7 +89,9 @@ def check_clusters(device, plan):
             Setup(problem, Wanted(gradient=True), signatures(tensors), properties, planned=each).forward(tensors, one)
             for each in (clustered, streamed)
         )
-        torch.testing.assert_close((loss, gradient), (expected_loss, expected))
+        # Not by torch.testing, whose import takes longer than to compile a kernel.
+        if not (alike(loss, expected_loss) and alike(gradient, expected)):
+            raise ArithmeticError("they give another result")
     except Exception as error:  # whatever the compiler, the driver or the comparison makes of it
         warnings.warn(
             f"xent_ext streams long rows on {device}, as clusters of {plan.num_ctas} fail: {error}", stacklevel=2

@@ -179,7 +179,7 @@ def test_sdist_holds_the_project(built, files):
     with tarfile.open(built[0]) as sdist:
         names = {Path(*Path(name).parts[1:]) for name in sdist.getnames()}
     wanted = {file for file in files if file.suffix == ".py" or file.name in ("LICENSE", "README.md", "pyproject.toml")}
-    assert wanted <= names
+    assert wanted | {Path("CHANGELOG.md"), Path("bench/model.json")} <= names
 
 
 def test_wheel_holds_the_package_and_nothing_else(built, files):
@@ -196,6 +196,8 @@ def test_wheel_holds_the_package_and_nothing_else(built, files):
 def test_metadata(metadata):
     assert metadata["Name"] == "xent_ext"
     assert metadata["License-Expression"] == "MIT"
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (.+)$", changes, re.M)[1] == metadata["Version"]
     requires = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert requires == ["torch>=2.8", 'triton>=3.4; platform_system == "Linux"']
     assert set(metadata.get_all("Provides-Extra")) == {"test", "bench", "integration"}
