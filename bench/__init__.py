@@ -13,6 +13,7 @@
     search, candidate
                    the search of `tune`, and the launch numbers that it tries put to work
     offline, assembly: compiling for a GPU that need not be there
+    figures        the pictures of the READMEs
 
 Most commands need the `bench` extra: `pip install -e ".[bench]"`.
 """

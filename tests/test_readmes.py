@@ -1,5 +1,6 @@
 """The READMEs hold what they say: their code runs, their commands are there, and their links lead somewhere."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -111,6 +112,14 @@ def test_tables_are_whole():
         for rows in re.findall(r"(?:^\|.*\n)+", text(path), re.M):
             cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}
             assert len(cells) == 1, rows
+
+
+@pytest.mark.parametrize("folder", ["xent_ext", "kernels"])
+def test_maps_name_every_module(folder):
+    """Those in the docstrings of packages."""
+    named = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")))
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", named))
 
 
 def test_the_readme_says_what_ci_runs():
