@@ -6,8 +6,12 @@ import math
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 from readmes import ROOT, section, text
+from torch.profiler import ProfilerActivity, profile
 
+import xent_ext
 from bench import figures, report
 from bench.__main__ import main
 
@@ -187,6 +191,24 @@ def test_what_is_held_is_what_was_measured():
     modelled = figures.held(*row["shape"])
     for peer, (_, stages) in modelled.items():
         assert max(map(sum, stages)) == pytest.approx(row["peers"][peer]["peak_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("peer", figures.held(1, 1, 1))
+def test_what_is_kept_is_what_forward_leaves(peer):
+    rows, features, classes = shape = 512, 64, 32000
+    input, weight = torch.randn(rows, features, requires_grad=True), torch.randn(classes, features, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    forward = {
+        "torch_eager": lambda: F.cross_entropy(F.linear(input, weight), target),
+        "with_our_loss": lambda: xent_ext.cross_entropy(F.linear(input, weight), target),
+        "xent_ext": lambda: xent_ext.linear_cross_entropy(input, weight, target),
+    }
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = forward[peer]()
+    left = sum(event.self_cpu_memory_usage for event in recorded.key_averages())
+    assert loss.requires_grad
+    _, stages = figures.held(*shape)[peer]
+    assert left == pytest.approx(sum(stages[figures.STAGES.index("kept\n")]), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["schedules", "memory"])
