@@ -13,6 +13,7 @@
     search, candidate
                    the search of `tune`, and the launch numbers that it tries put to work
     offline, assembly: compiling for a GPU that need not be there
+    figures        the pictures of the READMEs
 
 They are run in a checkout, as the wheel holds the loss alone. Most commands need the `bench` extra: `pip install -e
 ".[bench]"`.

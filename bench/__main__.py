@@ -13,6 +13,7 @@ COMMANDS = {
     "linear": "time the last linear layer with its loss, and measure its peak memory",
     "overhead": "what a call costs the CPU, whatever the size of the logits",
     "train": "train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss",
+    "figures": "draw the pictures of the READMEs",
     "plot": "draw the plots of a folder's results again, and its page",
     "compare": "compare two results, with an exit status for what became slower",
     "tune": "search the launch numbers for a GPU; without one, print what the plan chooses",

@@ -5,13 +5,15 @@ Models are tiny and made from their configuration: nothing is downloaded. Withou
 
 import copy
 import os
-from pathlib import Path
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from readmes import ROOT, block_with, text
 
 import xent_ext
+from bench.machine import peak_memory
 from xent_ext import deferred, linear, plan
 
 # Whatever the libraries want of the net, or to report to it, is not wanted here. Read when they are imported.
@@ -152,7 +154,7 @@ def test_transformers_label_smoother_is_not_reached(cpu_blocks, tmp_path):
 
 
 def smoothed(outputs, labels, num_items_in_batch=None):
-    """The loss of README."""
+    """The loss of the guide."""
     return xent_ext.cross_entropy(
         outputs.logits, labels, label_smoothing=0.1, shift=True, normalizer=num_items_in_batch
     )
@@ -231,17 +233,37 @@ def test_label_smoother_gets_logits(calls, tmp_path):
 
 
 def test_loss_in_place_of_the_label_smoother_without_logits(calls, tmp_path):
-    """That of README."""
+    """That of the guide."""
     torch.testing.assert_close(*trained_both(llama, tmp_path, smoothed, optim="sgd"), **CLOSE)
     assert calls == {"fused": 4 * 2, "made": 0}
 
 
-def test_the_example_of_readme(calls):
+def test_the_example_of_the_guide(calls):
     library("transformers")
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    before, _, after = readme.partition("xent_ext.patch_lm_head(model)")
-    exec(before.rpartition("```python\n")[2] + "xent_ext.patch_lm_head(model)" + after.partition("```")[0], {})
+    exec(block_with("xent_ext.patch_lm_head(model)"), {})
     assert calls == {"fused": 1, "made": 0}
+
+
+def test_what_the_example_of_the_guide_holds():
+    """At its peak, beyond the model, in MiB; of the logits are 250."""
+    library("transformers")
+    made, patch, step = block_with("xent_ext.patch_lm_head(model)").partition("xent_ext.patch_lm_head(model)")
+
+    def peak(patch=""):
+        names = {}
+        exec(made + patch, names)
+        return peak_memory(lambda: exec(step, names), torch.device("cpu"))[1] / 2**20
+
+    found = [peak(patch)]
+    with xent_ext.installed():
+        found.append(peak())
+    found.append(peak())
+    said = re.search(
+        r"holds (\d+) MiB at its peak beyond the model, its gradients included; with `install\(\)` (\d+), "
+        r"without either (\d+)\.",
+        " ".join(text(ROOT / "xent_ext/README.md").split()),
+    )
+    assert found == pytest.approx([float(number) for number in said.groups()], rel=0.05)
 
 
 @pytest.mark.parametrize("model", [llama, gemma2])

@@ -168,6 +168,21 @@ def test_half_precision_with_more_rows_than_it_counts(way, dtype, probabilities)
     assert abs(gradient.abs().max().item() - largest) <= torch.finfo(dtype).eps * largest + smallest
 
 
+def test_what_is_said_of_pytorchs_mean_in_half_precision():
+    """NaN or 0 with a gradient of 0 in float16, off by up to a hundredth in bfloat16."""
+    input, target, _ = make((70_000, 2), torch.float16)
+    input.requires_grad_()
+    loss = F.cross_entropy(input, target)
+    assert loss.isnan() or loss == 0
+    assert not torch.autograd.grad(loss, input)[0].any()
+    errors = []
+    for seed in range(20):
+        input, target, _ = make((4096, 10), torch.bfloat16, seed=seed)
+        exact = F.cross_entropy(input.double(), target)
+        errors.append(abs(F.cross_entropy(input, target) - exact) / exact)
+    assert 0.005 < max(errors) < 0.015
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_smoothing_of_many_classes_does_not_overflow(way, reduction):
     """PyTorch adds up the log-probabilities of all classes in float16."""

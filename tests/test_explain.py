@@ -1,8 +1,6 @@
 """`explain` says, where it is shown, how a call runs, with the one reason that applies."""
 
-import doctest
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 import xent_ext
 from xent_ext import ahead, backends, cpu_own
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 INDICES = torch.zeros(3, dtype=torch.int64)
 AS_FAST = "PyTorch's own is as fast for logits of this kind and size on a CPU"
 IMAGES = torch.empty(4, 16, 256, 256, dtype=torch.bfloat16), torch.empty(4, 256, 256, dtype=torch.int64)
@@ -20,16 +17,6 @@ IMAGES = torch.empty(4, 16, 256, 256, dtype=torch.bfloat16), torch.empty(4, 256,
 @pytest.fixture(autouse=True)
 def auto(monkeypatch):
     monkeypatch.setattr(backends, "BACKEND", "auto")
-
-
-def test_readme_shows_what_an_interpreter_shows():
-    found = doctest.DocTestParser().get_doctest(
-        README.replace("```\n", "\n"), {"xent_ext": xent_ext, "torch": torch}, "README.md", None, None
-    )
-    assert found.examples
-    said = []
-    doctest.DocTestRunner().run(found, out=said.append)
-    assert not said, "".join(said)
 
 
 def test_it_is_shown_once(capsys):

@@ -1,12 +1,12 @@
 """The last linear layer with its loss: against F.linear and the specification, in loss, gradients and statistics."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import DTYPES, REDUCTIONS
+from readmes import block_with
 
 import xent_ext
 from xent_ext import linear, linear_autograd, plan, reference
@@ -243,15 +243,12 @@ def test_a_bound_for_the_rows_that_count():
         xent_ext.linear_cross_entropy(input, weight, target, max_counted_rows=count - 1)
 
 
-# --- As the README has it
+# --- As the guide has it
 
 
-def test_the_lines_of_the_readme():
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("\n## The last layer and the loss\n")[2].partition("\n## ")[0]
-    code = section.partition("```python\n")[2].partition("```")[0]
+def test_the_lines_of_the_guide():
     found = {}
-    exec(code, found)
+    exec(block_with("xent_ext.LinearCrossEntropyLoss("), found)
     hidden, tokens, head = (
         found[name].detach() if name == "hidden" else found[name] for name in ("hidden", "tokens", "head")
     )

@@ -1,4 +1,26 @@
-"""Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss."""
+"""Fused softmax cross-entropy for PyTorch: a drop-in for torch.nn.CrossEntropyLoss.
+
+functional, modules    the public functions, and the modules
+integrate, deferred    the loss under `F.cross_entropy`; models of Transformers without logits: `patch_lm_head`, and the
+                       tensor that stands for logits
+explain                why a call runs as it does
+dispatch, backends     who takes a call; what the environment asks for
+call, checks, problem  a call's arguments, checked, and what they ask for
+autograd, ops          what is saved, and what backward returns; the operators in compiled graphs
+gradients              what both make gradients of
+expectation, ahead     for which upstream gradient, and how many, gradients are made ahead
+linear, linear_call, linear_autograd
+                       the last layer with its loss: in chunks; a call, checked; autograd's Function, and operators
+sharded                shards of the batch, as `DTensor`
+reference              the specification, in plain PyTorch
+cpu, cpu_plain, cpu_options
+                       the CPU implementation: its rows; PyTorch's options; options for training
+cpu_own, memory        what PyTorch's own takes on a CPU, in float32; memory on a CPU
+plan, tuning, layout   launch numbers, and those of a file; tensors as (outer, inner, class)
+kernels                the Triton kernels: the folder kernels/ of a checkout
+
+README.md in this folder is the guide: options, recipes, how it works.
+"""
 
 from pathlib import Path
 

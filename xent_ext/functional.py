@@ -105,9 +105,9 @@ def cross_entropy(
             change, or whose gradient `retain_grad()` wants, raise RuntimeError at once. What autograd saved of them
             before, and whatever uses them later (or what they are a view of), then raises RuntimeError in backward, as
             do a second backward, `create_graph=True` and a gradient of a statistic. An upstream gradient other than the
-            expected one (see README) multiplies the gradient that was stored, in the logits' dtype: one rounding more,
-            and in float16 what underflowed stays 0. Compiled graphs, and calls that take the plain formula
-            (see `explain`), keep the logits.
+            expected one (see `xent_ext.autograd`) multiplies the gradient that was stored, in the logits' dtype: one
+            rounding more, and in float16 what underflowed stays 0. Compiled graphs, and calls that take the plain
+            formula (see `explain`), keep the logits.
         return_stats: True, or a sequence of names of `CrossEntropyStats`: return (loss, stats), from the same pass.
             Gradients flow through `logprob`, `lse` and `entropy`; the backward that has any makes the gradient from the
             logits again.

@@ -1,0 +1,131 @@
+"""The READMEs hold what they say: their code runs, their commands are there, and their links lead somewhere."""
+
+import ast
+import doctest
+import os
+import re
+import shlex
+from argparse import ArgumentParser
+
+import pytest
+import torch
+from readmes import READMES, ROOT, blocks, section, text
+
+import xent_ext
+from bench.__main__ import COMMANDS
+from xent_ext import backends
+
+by_path = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+
+# Whatever the libraries want of the net is not wanted here. Read when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(autouse=True)
+def auto(monkeypatch):
+    monkeypatch.setattr(backends, "BACKEND", "auto")
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.where)
+def test_python(block, tmp_path, monkeypatch):
+    """Each block is whole in itself."""
+    for module in re.findall(r"^import (\w+)", block.code, re.M):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install -e '.[integration]'")
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(block.code, block.where, "exec"), {"__name__": "__main__"})
+    finally:
+        xent_ext.uninstall()
+
+
+def test_examples_show_what_an_interpreter_shows():
+    examples = [block for block in blocks("") if block.code.startswith(">>> ")]
+    assert examples
+    said = []
+    for block in examples:
+        names = {"xent_ext": xent_ext, "torch": torch}
+        found = doctest.DocTestParser().get_doctest(block.code, names, block.where, None, None)
+        doctest.DocTestRunner().run(found, out=said.append)
+    assert not said, "".join(said)
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    languages = ("python", "bash", "diff")
+    everything = {block for path in READMES for block in re.findall(r"^```(\w+)$", text(path), re.M)}
+    assert everything <= set(languages)
+    assert all(block.code.startswith(">>> ") for block in blocks(""))
+
+
+def commands():
+    """What shells are given, word by word."""
+    lines = "\n".join(block.code for block in blocks("bash")).replace(" && ", "\n").splitlines()
+    return [[word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in commands() if words[:3] == ["python", "-m", "bench"]], ids=" ".join
+)
+def test_commands_of_the_bench(words):
+    """Each is one that there is, with options that it takes."""
+    _, _, _, name, *options = words
+    assert name in COMMANDS
+    parser = ArgumentParser()
+    pytest.importorskip(f"bench.{name}").add_arguments(parser)  # some need Triton
+    parser.parse_args(options)
+
+
+def test_commands_run_tests_that_there_are():
+    tests = [word for words in commands() for word in words if word.endswith(".py")]
+    assert tests
+    assert all((ROOT / name).is_file() for name in tests)
+
+
+def test_the_bench_lists_its_commands():
+    table = re.findall(r"^\| `(\w+)", text(ROOT / "bench/README.md"), re.M)
+    assert set(COMMANDS) <= set(table)
+
+
+def anchors(path):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text(path), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@by_path
+def test_links(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text(path)):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        leads_to = path.parent / name if name else path
+        if "results" in leads_to.parts and not (ROOT / "bench/results").is_dir():
+            continue  # a source distribution has none
+        assert leads_to.exists(), link
+        assert not anchor or anchor in anchors(leads_to), link
+
+
+def test_tables_are_whole():
+    """As many cells in every row as in the heading."""
+    for path in READMES:
+        for rows in re.findall(r"(?:^\|.*\n)+", text(path), re.M):
+            cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}
+            assert len(cells) == 1, rows
+
+
+@pytest.mark.parametrize("folder", ["xent_ext", "kernels"])
+def test_maps_name_every_module(folder):
+    """Those in the docstrings of packages."""
+    named = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")))
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", named))
+
+
+def test_the_readme_says_what_ci_runs():
+    script = ROOT / ".ci/run"
+    if not script.is_file():
+        pytest.skip("a source distribution has no .ci/run")
+    named = re.findall(r"\$\(readme (\w+)\)", script.read_text())
+    marks = re.findall(r"^<!-- ci: (\w+) -->\n```bash$", text(ROOT / "README.md"), re.M)
+    assert sorted(named) == sorted(marks) == ["run", "test"]
+    assert section(ROOT / "README.md", "Try it").count("```bash") == len(marks)
