@@ -59,7 +59,7 @@ def streaming(
             save(saved, row, rows, part, batch, K)
         row = with_point(row, rows)
 
-        if K.SPLITS == 1:
+        if K.SPLITS == 1 and results.loss is not None:
             store_results(results, given, rows, row, 1.0, K)
         if gradient.view is not None:
             total = divisor(gradient.normalizer, given.target, batch, ignore_index, K)
