@@ -177,7 +177,7 @@ class Setup:
         if self.gpu is not None and self.gpu != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self.backward(tensors, kept, upstream, expected)
-        if self.problem.inplace:
+        if self.problem.inplace and kept.gradient is not None:
             return self.rescaled(kept, upstream.loss, expected)
         given = self.given(tensors)
         memory, slope, seen = kept.gradient, kept.slope, None

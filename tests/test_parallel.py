@@ -121,3 +121,92 @@ def test_slices_are_the_whole(answers, processes):
             torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")
             if key not in ("d input", "d logit_scale"):
                 assert all(torch.equal(of_rank[key], value) for of_rank in ranks), (name, key)
+
+
+# --- The last layer
+
+
+def layer_cases():
+    """Calls of the layer (23, 6) with 7 rows in chunks of 3, by name."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def of(options, probabilities=False):
+        target = torch.randint(23, (7,), generator=generator)
+        target[2] = -100
+        return {
+            "input": random(7, 6).requires_grad_(),
+            "linear_weight": random(23, 6).requires_grad_(),
+            "target": random(7, 23).softmax(1) if probabilities else target,
+            "linear_bias": random(23).requires_grad_(),
+            "chunk_rows": 3,
+            **options,
+        }
+
+    weights = {"weight": random(23).abs(), "sample_weight": random(7).abs().requires_grad_()}
+    return {
+        "mean": of({}),
+        "sum": of({"reduction": "sum", "label_smoothing": 0.1, "softcap": 2.0}),
+        "none": of({"reduction": "none", "z_loss": 0.1}),
+        "weights": of(weights | {"logit_scale": torch.tensor(0.7, dtype=torch.float64, requires_grad=True)}),
+        "weights, none": of(weights | {"reduction": "none"}),
+        "probabilities": of({"return_stats": True}, probabilities=True),
+        "statistics": of({"return_stats": True, "weight": weights["weight"]}),
+        "one chunk": of({"chunk_rows": None}),
+        "frozen": of({"linear_weight": random(23, 6), "linear_bias": None}),
+    }
+
+
+def of_layer(args, rank=None):
+    """A rank's arguments of a call of the layer, or with no rank those of the whole."""
+    if rank is None:
+        return args
+    sizes = SIZES[dist.get_world_size()]
+    start, size = sum(sizes[:rank]), sizes[rank]
+    found = {**args, "process_group": dist.group.WORLD, "class_start": start, "num_classes": 23}
+    for name in ("linear_weight", "linear_bias", "weight"):
+        if args.get(name) is not None:
+            value = args[name]
+            found[name] = value.detach()[start : start + size].clone().requires_grad_(value.requires_grad)
+    if args["target"].is_floating_point():
+        found["target"] = args["target"][:, start : start + size]
+    return found
+
+
+def layers(rank):
+    return {name: outcome(xent_ext.linear_cross_entropy, of_layer(args, rank)) for name, args in layer_cases().items()}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_layers_in_slices_are_the_whole(answers, processes):
+    found = answers(layers, processes)
+    for name, args in layer_cases().items():
+        ranks, true = [of_rank[name] for of_rank in found], outcome(xent_ext.linear_cross_entropy, args)
+        for key, value in ranks[0].items():
+            if key in ("d linear_weight", "d linear_bias"):
+                value = torch.cat([of_rank[key] for of_rank in ranks])
+            elif key == "d logit_scale":
+                value = sum(of_rank[key] for of_rank in ranks)
+            else:
+                assert all(torch.equal(of_rank[key], value) for of_rank in ranks), (name, key)
+            torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")
+
+
+def test_padding_of_the_layer_takes_no_part():
+    """Rows of the weight from num_classes on: whatever they hold, and their gradients are 0."""
+    for name, args in layer_cases().items():
+        ours = dict(args, num_classes=23)
+        for key in ("linear_weight", "linear_bias", "weight"):
+            if args.get(key) is not None:
+                rest = torch.full((5, *args[key].shape[1:]), torch.nan, dtype=torch.float64)
+                ours[key] = torch.cat([args[key].detach(), rest]).requires_grad_(args[key].requires_grad)
+        if args["target"].is_floating_point():
+            ours["target"] = torch.cat([args["target"], torch.full((7, 5), torch.nan, dtype=torch.float64)], 1)
+        found, true = outcome(xent_ext.linear_cross_entropy, ours), outcome(xent_ext.linear_cross_entropy, args)
+        for key, value in found.items():
+            if key in ("d linear_weight", "d linear_bias"):
+                assert not value[23:].any()
+                value = value[:23]
+            torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")

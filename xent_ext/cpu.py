@@ -54,7 +54,7 @@ def backward(problem, tensors, wanted, kept, upstream, expected):
     ahead = kept.gradient is not None
     if ahead and was_expected and not upstream.has_stats():
         return kept.gradient, kept.slope, seen
-    if problem.inplace:
+    if problem.inplace and ahead:
         factor = upstream.loss.to(accumulation_dtype(problem.dtype)) / expected[0]
         return kept.gradient.mul_(factor), None if kept.slope is None else kept.slope * factor, seen
     rows = Rows(problem, tensors)

@@ -289,9 +289,15 @@ def is_distributed(tensor):
 def route(tensors, problem, with_options):
     """(name of the implementation: "triton", "cpu", "torch" or, with options for training, "plain"; why)."""
     name, reason = supported_route(tensors, problem, with_options)
-    if problem.ranks and name == "torch" and rows_of(problem, tensors):
-        raise NotImplementedError(f"classes of several ranks have no loss where nothing fused takes the call: {reason}")
+    if problem.ranks and rows_of(problem, tensors):
+        refuse_without_fused(name, reason)
     return ("plain" if with_options and name == "torch" else name), reason
+
+
+def refuse_without_fused(name, reason):
+    """Raise for classes of several ranks that no implementation takes."""
+    if name == "torch":
+        raise NotImplementedError(f"classes of several ranks have no loss where nothing fused takes the call: {reason}")
 
 
 def rows_of(problem, tensors):

@@ -196,7 +196,8 @@ def linear_cross_entropy(
     softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: Literal[False] = ...,
     shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
-    max_counted_rows: int | None = ...,
+    max_counted_rows: int | None = ..., process_group: Any = ..., class_start: int | None = ...,
+    num_classes: int | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -206,7 +207,8 @@ def linear_cross_entropy(
     softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: Literal[True] | Sequence[str],
     shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
-    max_counted_rows: int | None = ...,
+    max_counted_rows: int | None = ..., process_group: Any = ..., class_start: int | None = ...,
+    num_classes: int | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 @overload
 def linear_cross_entropy(
@@ -216,7 +218,8 @@ def linear_cross_entropy(
     softcap: float | None = ..., z_loss: float = ..., sample_weight: Tensor | None = ...,
     normalizer: float | Tensor | None = ..., on_all_ignored: str = ..., return_stats: bool | Sequence[str],
     shift: bool = ..., chunk_rows: int | None = ..., accumulate_dtype: torch.dtype | None = ...,
-    max_counted_rows: int | None = ...,
+    max_counted_rows: int | None = ..., process_group: Any = ..., class_start: int | None = ...,
+    num_classes: int | None = ...,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
 # fmt: on
 def linear_cross_entropy(
@@ -242,6 +245,9 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype | None = None,
     max_counted_rows: int | None = None,
+    process_group: Any = None,
+    class_start: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""`cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`, without the logits of all rows.
 
@@ -271,6 +277,9 @@ def linear_cross_entropy(
         max_counted_rows: a bound for the number of rows that are not ignored. On a GPU, which does not tell their
             number without being waited for, only that many are computed; should more count, the loss is NaN. On a CPU
             it is checked (ValueError), as it is on a GPU with XENT_EXT_CHECK=1.
+        process_group, class_start, num_classes: as in `cross_entropy`: `linear_weight`, `linear_bias`, `weight` and
+            probabilities are this rank's slice of the classes, or have rows of padding; the input is the same on every
+            rank. Backward adds the input's gradient up over the ranks, and nothing else is collective there.
 
     Returns:
         The loss, of shape (*) for "none"; with `return_stats` a pair of that and a `CrossEntropyStats`.
@@ -289,8 +298,9 @@ def linear_cross_entropy(
     Of a `DTensor` all logits are made, which must be as `cross_entropy` takes them: gather a sharded weight before.
     """
     given = Options(
-        dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, False, return_stats, shift
-    )
+        dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, False, return_stats, shift,
+        process_group, class_start, num_classes,
+    )  # fmt: skip
     arguments = LinearArguments(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options,
         chunk_rows, accumulate_dtype, max_counted_rows,

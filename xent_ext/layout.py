@@ -115,8 +115,12 @@ def visible(problem, input):
 def of_classes(problem, tensor):
     """Of logits, of probabilities or of one number for each of their classes: the columns that are classes."""
     axis = class_axis(tensor.shape)
-    there = max(min(tensor.shape[axis], problem.num_classes - problem.class_start), 0)
-    return tensor.narrow(axis, 0, there)
+    return tensor.narrow(axis, 0, classes_here(problem, tensor.shape[axis]))
+
+
+def classes_here(problem, columns):
+    """How many of the columns are classes: the first."""
+    return max(min(columns, problem.num_classes - problem.class_start), 0) if problem.num_classes else columns
 
 
 def arrange_call(problem, tensors):
@@ -162,5 +166,6 @@ def padding_of(problem, tensor):
     """The columns of logits that are no classes."""
     if problem.shift:
         tensor = tensor.transpose(1, 2)
-    axis, there = class_axis(tensor.shape), of_classes(problem, tensor).shape[class_axis(tensor.shape)]
+    axis = class_axis(tensor.shape)
+    there = classes_here(problem, tensor.shape[axis])
     return tensor.narrow(axis, there, tensor.shape[axis] - there)

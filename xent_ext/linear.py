@@ -8,14 +8,16 @@ other upstream gradients than a multiple of what was expected need the logits ag
 A row that is ignored takes no part in any product.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, memory, plan, reference
+from . import backends, checks, memory, parallel, plan, reference
 from .gradients import made_for
+from .layout import classes_here
 from .problem import Kept, Layer, Problem, Tensors, Wanted
 from .reference import accumulation_dtype
 
@@ -66,6 +68,8 @@ class Call:
 
     def rows_of_chunks(self, rows, layer):
         classes, features = layer.weight.shape
+        if self.problem.ranks:  # the same on all of them, whose gathers must meet
+            classes = -(-self.problem.num_classes // self.problem.ranks)
         if self.chunk_rows is not None:
             return max(min(self.chunk_rows, rows), 1)
         return plan.chunk_rows(
@@ -85,6 +89,7 @@ class Made(NamedTuple):
 
     gradients: Gradients
     losses: Tensor | None = None  # before `sample_weight` and the reduction
+    summary: Tensor | None = None  # of each row, of all ranks that share the classes: (ranks, fields, rows)
 
 
 # --- The two passes
@@ -100,25 +105,58 @@ def forward(call, tensors, layer, expected):
     results = Results(walk, wanted.losses)
     sums = Sums(walk) if wanted.gradient else None
     inplace = walk.problem_of_chunk(inplace=wanted.gradient)
-    for chunk in walk.chunks():
-        setup = walk.setup_for(inplace, chunk.tensors, wanted)
-        loss, stats, kept = setup.forward(chunk.tensors, expected)
-        kept = Kept(*kept)
-        results.add(chunk, loss, stats, kept.losses)
+    losses = losses_of_slices if problem.ranks else losses_of_chunks
+    for chunk, loss, stats, kept in losses(walk, inplace, wanted, expected):
+        results.add(chunk, loss, stats, kept)
         if sums is not None:
             sums.add(chunk, kept)
     found = sums.gradients() if sums is not None else Gradients()
-    return results.loss().to(problem.dtype), tuple(results.stats.values()), Made(found, results.losses)
+    made = Made(found, results.losses, results.summary)
+    return results.loss().to(problem.dtype), tuple(results.stats.values()), made
 
 
-def backward(call, tensors, layer, upstream):
-    """`Gradients` for these upstream gradients, but that of `sample_weight`: the logits are made again."""
+def losses_of_chunks(walk, problem, wanted, expected):
+    """For each chunk its loss, statistics and `Kept`."""
+    for chunk in walk.chunks():
+        loss, stats, kept = walk.setup_for(problem, chunk.tensors, wanted).forward(chunk.tensors, expected)
+        yield chunk, loss, stats, Kept(*kept)
+
+
+def losses_of_slices(walk, problem, wanted, expected):
+    """The same where other ranks have other classes: a chunk's summaries travel while the next logits are made."""
+    started = []
+    for chunk in itertools.chain(walk.chunks(buffers=2), [None]):
+        if chunk is not None:
+            setup = walk.setup_for(problem, chunk.tensors, wanted)
+            started.append((chunk, setup, setup.start(chunk.tensors)))
+        if len(started) > 1 or (chunk is None and started):
+            before, setup, summaries = started.pop(0)
+            loss, stats, kept = setup.finish_started(summaries, expected)
+            yield before, loss, stats, Kept(*kept)
+
+
+def backward(call, tensors, layer, upstream, summary):
+    """`Gradients` for these upstream gradients, but that of `sample_weight`: the logits are made again.
+
+    `summary` is that of `Made`.
+    """
+    if call.problem.ranks:
+        tensors = parallel.with_normalizer(call.problem, tensors, summary, tensors.target.shape[:1])
     walk = Walk(call, tensors, layer)
     sums = Sums(walk)
-    problem = walk.problem_of_chunk(inplace=not upstream.has_stats())
+    problem, wanted = (
+        walk.problem_of_chunk(inplace=call.problem.ranks or not upstream.has_stats()),
+        call.wanted._replace(losses=False),
+    )
     for chunk in walk.chunks():
         here = upstream._make([chunk.of_rows(up) for up in upstream])
-        sums.add(chunk, made_for(here, problem, chunk.tensors, call.wanted._replace(losses=False)))
+        if call.problem.ranks:
+            kept = Kept(normalizer=chunk.tensors.normalizer, summary=summary[..., chunk.rows])
+            setup = walk.setup_for(problem, chunk.tensors, wanted)
+            gradient, slope, _ = setup.backward(chunk.tensors, kept, here, None)
+            sums.add(chunk, Kept(gradient, slope))
+        else:
+            sums.add(chunk, made_for(here, problem, chunk.tensors, wanted))
     return sums.gradients()
 
 
@@ -155,12 +193,12 @@ class Walk:
     def __init__(self, call, tensors, layer):
         self.call, self.problem = call, call.problem
         self.given, self.device = layer, layer.weight.device
-        self.layer = Layer(*[each if each is None else each.to(call.dtype) for each in layer])
+        self.classes = classes_here(call.problem, layer.weight.shape[0])
+        self.layer = Layer(*[each if each is None else each[: self.classes].to(call.dtype) for each in layer])
         self.acc = accumulation_dtype(call.problem.dtype)
         self.counted = None if call.problem.probabilities else tensors.target != call.problem.ignore_index
         if call.problem.reduction == "mean" and tensors.normalizer is None:
-            normalizer = reference.mean_normalizer(call.problem, tensors, self.new(tensors.target.shape[0], fill=1))
-            tensors = tensors._replace(normalizer=normalizer)
+            tensors = tensors._replace(normalizer=self.normalizer(tensors))
         self.tensors = tensors
         if is_read_freely(tensors.input) or backends.CHECK:
             self.check()
@@ -169,11 +207,20 @@ class Walk:
     def new(self, *shape, dtype=None, fill=0):
         return torch.full(shape, fill, dtype=dtype or self.acc, device=self.device)
 
+    def normalizer(self, tensors):
+        """What the mean over all rows divides by."""
+        ones = self.new(tensors.target.shape[0], fill=1)
+        if not self.problem.ranks:
+            return reference.mean_normalizer(self.problem, tensors, ones)
+        here, is_part = parallel.normalizer_here(self.problem, tensors, ones)
+        return parallel.sum_over_ranks(here, self.problem) if is_part else here
+
     def check(self):
         """Raise for class indices out of range, and for more rows than there are to be."""
         if self.counted is None:
             return
-        checks.bad_target(self.tensors.target, self.layer.weight.shape[0], self.problem.ignore_index)
+        classes = self.problem.num_classes or self.classes
+        checks.bad_target(self.tensors.target, classes, self.problem.ignore_index)
         most, count = self.call.max_counted_rows, int(self.counted.sum())
         if most is not None and count > most:
             raise ValueError(f"max_counted_rows must be at least the number of rows that count, {count}, got {most}")
@@ -201,22 +248,29 @@ class Walk:
 
     def problem_of_chunk(self, inplace):
         """The loss of a chunk's logits: a part of the sum, over the normaliser of all rows for a mean."""
-        return replace(self.problem, dtype=self.acc, inplace=inplace)
+        classes = self.problem.num_classes if self.problem.ranks else 0  # a chunk has no columns of padding
+        return replace(self.problem, dtype=self.acc, inplace=bool(inplace), num_classes=classes)
 
     def setup_for(self, problem, tensors, wanted):
-        return backends.implementation_for(tensors.input).setup_for(problem, tensors, wanted)
+        return backends.implementation_of(problem, tensors.input).setup_for(problem, tensors, wanted)
 
-    def chunks(self):
+    def chunks(self, buffers=1):
+        """Each `Chunk`, in one of so many buffers by turns."""
         step = self.call.rows_of_chunks(self.rows, self.layer)
-        buffer = torch.empty(step, self.layer.weight.shape[0], dtype=self.call.dtype, device=self.device)
-        if buffer.is_cpu:
-            memory.on_huge_pages(buffer)
-        for first in range(0, self.rows, step):
+        made = [self.buffer(step) for _ in range(min(buffers, -(-self.rows // step)))]
+        for first, buffer in zip(range(0, self.rows, step), itertools.cycle(made), strict=False):
             last = min(first + step, self.rows)
             rows = slice(first, last) if self.index is None else self.index[first:last]
             x = self.input_of(rows)
             logits = self.logits(x, buffer[: last - first])
             yield Chunk(rows, x, self.tensors_of(rows, logits))
+
+    def buffer(self, rows):
+        """Memory for the logits of so many rows."""
+        buffer = torch.empty(rows, self.classes, dtype=self.call.dtype, device=self.device)
+        if buffer.is_cpu:
+            memory.on_huge_pages(buffer)
+        return buffer
 
     def input_of(self, rows):
         """Those rows of the layer's input. Whatever an ignored one holds, it is 0 for the products."""
@@ -244,6 +298,10 @@ class Results:
         self.total = walk.new() if walk.index is None else self.of_missing(walk.counted.sum() > walk.rows)
         self.per_row = self.by_row(walk.acc) if problem.reduction == "none" else None
         self.losses = self.by_row(walk.acc) if with_losses else None
+        self.summary = None
+        if problem.ranks:
+            fields = parallel.fields_of(problem, walk.tensors.weight is not None)
+            self.summary = walk.new(problem.ranks, len(fields), walk.tensors.input.shape[0])
         self.stats = {name: self.by_row(reference.stat_dtype(name, walk.acc)) for name in problem.stats}
 
     @staticmethod
@@ -258,14 +316,16 @@ class Results:
             return self.of_missing(walk.counted).to(dtype)
         return walk.new(walk.tensors.input.shape[0], dtype=dtype, fill=-1 if dtype == torch.int64 else 0)
 
-    def add(self, chunk, loss, stats, losses):
+    def add(self, chunk, loss, stats, kept):
         """What was found for a chunk."""
         if self.per_row is None:
             self.total = self.total + loss
         else:
             chunk.put(self.per_row, loss)
-        if losses is not None:
-            chunk.put(self.losses, losses)
+        if self.losses is not None:
+            chunk.put(self.losses, kept.losses)
+        if self.summary is not None:
+            self.summary[..., chunk.rows] = kept.summary
         for values, found in zip(self.stats.values(), stats, strict=True):
             chunk.put(values, found)
 
@@ -287,7 +347,7 @@ class Sums:
         if needed.input:
             self.input = torch.empty_like(given) if walk.index is None else torch.zeros_like(given)
         if needed.bias:
-            self.bias = walk.new(walk.layer.bias.shape[0], dtype=accumulation_dtype(walk.call.dtype))
+            self.bias = walk.new(walk.given.bias.shape[0], dtype=accumulation_dtype(walk.call.dtype))
         if needed.logit_scale:
             self.slope = walk.new()
 
@@ -299,7 +359,7 @@ class Sums:
         if needed.weight:
             self.add_weight(g, chunk.input)
         if needed.bias:
-            add_sums(self.bias, g)
+            add_sums(self.bias[: self.walk.classes], g)
         if needed.logit_scale:
             self.slope += kept.slope.sum()
 
@@ -315,16 +375,23 @@ class Sums:
         """g^T x: the first chunk's is written, that of the others added."""
         beta = 1
         if self.weight is None:
-            total, beta = self.walk.call.total_dtype(self.walk.rows, self.walk.layer), 0
-            weight = self.walk.layer.weight
-            kept = weight.is_cpu and weight.dtype == total
-            self.weight = memory.empty_like(weight) if kept else torch.empty_like(weight, dtype=total)
-        if self.weight.dtype == g.dtype:
-            self.weight.addmm_(g.t(), x, beta=beta)
+            self.weight, beta = self.new_weight(), 0
+        weight = self.weight[: self.walk.classes]
+        if weight.dtype == g.dtype:
+            weight.addmm_(g.t(), x, beta=beta)
         elif g.is_cuda:
-            torch.addmm(self.weight, g.t(), x, out_dtype=self.weight.dtype, beta=beta, out=self.weight)
+            torch.addmm(weight, g.t(), x, out_dtype=weight.dtype, beta=beta, out=weight)
         else:
-            add_widened(self.weight, g, x, beta)
+            add_widened(weight, g, x, beta)
+
+    def new_weight(self):
+        """Memory for the sum over the chunks of the weight's gradient; 0 where that is of padding."""
+        total = self.walk.call.total_dtype(self.walk.rows, self.walk.layer)
+        like = self.walk.given.weight
+        kept = like.is_cpu and like.dtype == total
+        weight = memory.empty_like(like) if kept else torch.empty_like(like, dtype=total)
+        weight[self.walk.classes :].zero_()
+        return weight
 
     def gradients(self):
         """`Gradients`, in the dtypes of the tensors."""

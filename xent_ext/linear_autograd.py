@@ -11,17 +11,19 @@ In a graph there are two operators, of which the first makes the gradients for a
     linear_backward   the gradients, from the logits again
 """
 
+import dataclasses
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 
-from . import linear, ops, reference
+from . import linear, ops, parallel, reference
 from .ahead import MOST_AHEAD, ahead_on
-from .autograd import divisor
+from .autograd import OF_FORMULA, divisor
 from .expectation import Expectation, expectation_of, first_expected
 from .gradients import by_formula, flat, must_be_plain, resolved, sample_weight_gradient, upstream_of
+from .layout import classes_here
 from .linear import Call, Gradients, Made
 from .problem import Layer, Tensors, Upstream
 from .reference import accumulation_dtype
@@ -55,14 +57,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, call, expectation, *given):
         tensors, layer = Tensors(*given[:TENSORS]), Layer(*given[TENSORS:])
         # None is let go of: to make it anew takes all products, and it is smaller than the logits that nobody holds.
-        ahead = ahead_on(layer.weight if call.needed.weight else tensors.input, beside=MOST_AHEAD)
-        expected = None
+        ahead = expected = None
+        if not call.problem.ranks:  # all of which must do the same, whatever waits on one of their devices
+            ahead = ahead_on(layer.weight if call.needed.weight else tensors.input, beside=MOST_AHEAD)
         if is_ahead(call, tensors, expectation) and (ahead is None or ahead.has_room()):
             expected = divisor(expectation.get(tensors.input, call.problem))
         loss, stats, made = linear.forward(call, tensors, layer, expected)
         if ahead is not None:
             ahead.note(made.gradients.weight)
-        ctx.save_for_backward(*given, made.losses, *made.gradients)
+        ctx.save_for_backward(*given, made.losses, made.summary, *made.gradients)
         ctx.of_call = call, expectation, expected, ahead
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*flat(call.problem, stats))
@@ -73,7 +76,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         call, expectation, expected, ahead = ctx.of_call
         upstream, saved = upstream_of(call.problem, loss, stats), ctx.saved_tensors
         tensors, layer = Tensors(*saved[:TENSORS]), Layer(*saved[TENSORS:GIVEN])
-        made = Made(Gradients(*saved[GIVEN + 1 :]), saved[GIVEN])
+        losses, summary, *made = saved[GIVEN:]
+        made = Made(Gradients(*made), losses, summary)
         if ahead is not None:
             ahead.took(made.gradients.weight)
         traced = torch.compiler.is_compiling()
@@ -100,19 +104,27 @@ def gradients(call, tensors, layer, made, upstream, expected, in_graph):
     """`Gradients` for these upstream gradients, of what was made for the one `expected`, if any."""
     if upstream.loss is None and not upstream.has_stats():
         return Gradients()
+    problem = call.problem
     if not torch.compiler.is_dynamo_compiling() and must_be_plain(upstream):
+        if problem.ranks:
+            raise NotImplementedError(f"classes of several ranks have no gradient {OF_FORMULA}")
         return differentiable(call, tensors, layer, upstream)
     upstream = resolved(upstream)
     if not call.wanted.gradient:
         found = Gradients()
     elif expected is None or upstream.loss is None or upstream.has_stats():
-        found = (again_in_graph if in_graph else linear.backward)(call, tensors, layer, upstream)
+        found = (again_in_graph if in_graph else linear.backward)(call, tensors, layer, upstream, made.summary)
     else:
         factor = upstream.loss.to(expected.dtype) / expected[0]
         found = made.gradients.each(times, factor) if in_graph else multiplied(made.gradients, factor)
     if call.needed.sample_weight and upstream.loss is not None:
-        weight = sample_weight_gradient(call.problem, tensors, made.losses, upstream.loss)
+        shape = made.losses.shape
+        weights = parallel.row_weights(problem, tensors, made.summary, shape) if problem.ranks else None
+        weight = sample_weight_gradient(problem, tensors, made.losses, upstream.loss, weights)
         found = found._replace(sample_weight=weight)
+    if problem.ranks and found.input is not None:  # to which the classes of all ranks add
+        sum_up = parallel.sum_over_ranks if in_graph else parallel.sum_over_ranks_
+        found = found._replace(input=sum_up(found.input, problem))
     return found
 
 
@@ -142,18 +154,20 @@ def differentiable(call, tensors, layer, upstream):
 
     def compute(*given):
         tensors, layer = Tensors(*given[:TENSORS]), Layer(*given[TENSORS:])
-        return reference.compute(call.problem, tensors._replace(input=logits_of(call, tensors, layer)))
+        problem = dataclasses.replace(call.problem, num_classes=0)  # there are logits of no others
+        return reference.compute(problem, tensors._replace(input=logits_of(call, tensors, layer)))
 
     found = by_formula(call.problem, compute, (*tensors, *layer), in_order(call.needed), upstream)
     return out_of_order(found)
 
 
 def logits_of(call, tensors, layer):
-    """All logits. Of ignored rows they are those of 0, whatever the input holds."""
+    """All logits but those of padding. Of ignored rows they are those of 0, whatever the input holds."""
     x = tensors.input.to(call.dtype)
     if not call.problem.probabilities:
         x = torch.where((tensors.target != call.problem.ignore_index).unsqueeze(1), x, 0.0)
-    return F.linear(x, *[each if each is None else each.to(call.dtype) for each in layer])
+    classes = classes_here(call.problem, layer.weight.shape[0])
+    return F.linear(x, *[each if each is None else each[:classes].to(call.dtype) for each in layer])
 
 
 def in_order(found):
@@ -197,7 +211,7 @@ def linear_forward(*arguments):
     dtype = accumulation_dtype(call.problem.dtype)
     expected = first_expected(tensors.input.device, dtype) if is_ahead_in_graph(call) else None
     loss, stats, made = linear.forward(call, tensors, layer, expected)
-    return loss, list(stats), [each for each in (made.losses, *made.gradients) if each is not None]
+    return loss, list(stats), [each for each in (made.losses, made.summary, *made.gradients) if each is not None]
 
 
 def is_ahead_in_graph(call):
@@ -211,8 +225,11 @@ def _(*arguments):
     rows, acc = tensors.input.shape[0], accumulation_dtype(call.problem.dtype)
     loss = tensors.input.new_empty((rows,) if call.problem.reduction == "none" else (), dtype=call.problem.dtype)
     stats = [tensors.input.new_empty(rows, dtype=reference.stat_dtype(name, acc)) for name in call.problem.stats]
-    losses = [tensors.input.new_empty(rows, dtype=acc)] if call.needed.sample_weight else []
-    return loss, stats, losses + (fake_gradients(call, tensors, layer) if is_ahead_in_graph(call) else [])
+    by_row = [tensors.input.new_empty(rows, dtype=acc)] if call.needed.sample_weight else []
+    if call.problem.ranks:
+        fields = len(parallel.fields_of(call.problem, tensors.weight is not None))
+        by_row.append(tensors.input.new_empty(call.problem.ranks, fields, rows, dtype=acc))
+    return loss, stats, by_row + (fake_gradients(call, tensors, layer) if is_ahead_in_graph(call) else [])
 
 
 def fake_gradients(call, tensors, layer):
@@ -223,23 +240,22 @@ def fake_gradients(call, tensors, layer):
 @torch.library.custom_op(
     "xent_ext::linear_backward",
     mutates_args=(),
-    schema=f"({ops.UPSTREAM}, {ops.CALL}, {_LAYER}, {_OF_CALL}) -> Tensor[]",
+    schema=f"(Tensor? summary, {ops.UPSTREAM}, {ops.CALL}, {_LAYER}, {_OF_CALL}) -> Tensor[]",
 )
-def linear_backward(*arguments):
+def linear_backward(summary, *arguments):
     count = len(Upstream._fields)
-    return [
-        each for each in linear.backward(*call_of(arguments[count:]), Upstream(*arguments[:count])) if each is not None
-    ]
+    found = linear.backward(*call_of(arguments[count:]), Upstream(*arguments[:count]), summary)
+    return [each for each in found if each is not None]
 
 
 @linear_backward.register_fake
-def _(*arguments):
+def _(summary, *arguments):
     return fake_gradients(*call_of(arguments[len(Upstream._fields) :]))
 
 
-def again_in_graph(call, tensors, layer, upstream):
+def again_in_graph(call, tensors, layer, upstream, summary):
     """`linear.backward`, as an operator."""
-    found = torch.ops.xent_ext.linear_backward(*upstream, *arguments(call, tensors, layer))
+    found = torch.ops.xent_ext.linear_backward(summary, *upstream, *arguments(call, tensors, layer))
     return named(call.needed._replace(sample_weight=False), found)
 
 
@@ -261,12 +277,13 @@ def differentiate(ctx, loss, stats, _):
     call, saved = ctx.call, ctx.saved_tensors
     tensors, layer, made = Tensors(*saved[:TENSORS]), Layer(*saved[TENSORS:GIVEN]), list(saved[GIVEN:])
     losses = made.pop(0) if call.needed.sample_weight else None
+    summary = made.pop(0) if call.problem.ranks else None
     expected, found = None, Gradients()
     if is_ahead_in_graph(call):
         expected = first_expected(tensors.input.device, accumulation_dtype(call.problem.dtype))
         found = named(call.needed._replace(sample_weight=False), made)
     upstream = upstream_of(call.problem, loss, stats)
-    found = in_order(gradients(call, tensors, layer, Made(found, losses), upstream, expected, in_graph=True))
+    found = in_order(gradients(call, tensors, layer, Made(found, losses, summary), upstream, expected, in_graph=True))
     options = [[] if getattr(call.problem, name) == () else None for name in ops.OPTIONS]  # it may be a list of tensors
     return *found[:TENSORS], *options, *found[TENSORS:], None, None, None, None, None
 

@@ -55,6 +55,10 @@ def rows_of(arguments, options):
     dtype = dtype_of_products(arguments.input)
     checks.check_layer(arguments, dtype, is_cast(arguments.input))
     if arguments.linear_weight.dim() > 2 or any(map(makes_whole_logits, arguments[:3])):
+        if options.process_group is not None or options.num_classes is not None:
+            raise NotImplementedError(
+                "process_group and num_classes need plain tensors, a linear_weight (C, D), and in a graph known sizes"
+            )
         return None
     return Rows(arguments, options, dtype)
 
@@ -101,8 +105,8 @@ class Rows:
         classes, features = arguments.linear_weight.shape
         checks.check_targets_of_rows(input, classes, target, f)
         self.batch = input.shape[:-1]
-        target = target.reshape(-1, classes) if target.shape == (*self.batch, classes) else target.reshape(-1)
         rows = math.prod(self.batch)  # torch.Size.numel would make a number of a dynamic size
+        target = target.reshape(rows, classes) if target.shape == (*self.batch, classes) else target.reshape(-1)
         logits = input.new_empty((), dtype=dtype).expand(rows, classes)
         self.options = options._replace(
             dtype=options.dtype or accumulation_dtype(dtype),
@@ -126,7 +130,9 @@ class Rows:
         if not self.tensors.input.shape[-1]:
             return "torch", "the layer has no inputs"
         name, reason = dispatch.implementation_of((*self.tensors, *self.layer), self.tensors.input.numel())
-        if name != "torch" and self.is_small():
+        if self.call.problem.ranks:
+            dispatch.refuse_without_fused(name, reason)
+        elif name != "torch" and self.is_small():
             return "torch", "logits of this size are made at once"
         return name, reason
 
@@ -157,7 +163,11 @@ class Rows:
     def unfused(self, owner):
         """The layer, and then the loss."""
         logits = linear_autograd.logits_of(self.call, self.tensors, self.layer)
-        found = of_logits(owner, self.arguments._replace(input=logits), self.options)
+        arguments, options = self.arguments._replace(input=logits), self.options
+        if options.num_classes is not None:  # of whose padding no logits are made
+            arguments = arguments._replace(target=self.tensors.target, weight=self.tensors.weight)
+            options = options._replace(num_classes=None)
+        found = of_logits(owner, arguments, options)
         loss, stats = found if self.options.return_stats else (found, None)
         if stats is None:
             return self.by_row(loss)

@@ -83,9 +83,7 @@ class Setup(NamedTuple):
 
     def forward(self, tensors, expected):
         """The loss, the statistics and what `backward` needs; with one all-gather."""
-        tensors = Tensors(*tensors)
-        gathered = start_gathering(self.summary(tensors), self.problem)
-        return self.finish(tensors, wait_for(gathered, self.problem), expected)
+        return self.finish_started(self.start(tensors), expected)
 
     def summary(self, tensors):
         """That of each row of this slice, (fields, rows)."""
@@ -106,14 +104,12 @@ class Setup(NamedTuple):
         """The rest of `forward`, from the summaries of all ranks, (ranks, fields, rows)."""
         problem = self.problem
         rows = batch_shape(visible(problem, tensors.input).shape)
-        weights, counted = row_weights(problem, tensors, gathered, rows)
+        tensors = with_normalizer(problem, tensors, gathered, rows)
         normalizer = tensors.normalizer
-        if problem.reduction == "mean" and normalizer is None:
-            normalizer = reference.reduced(weights, weights, counted, tensors.sample_weight, None, "sum", "nan")
-        tensors = tensors._replace(normalizer=normalizer)
         loss, stats, kept = self.local.forward(self.given(tensors), expected, gathered)
         kept = Kept(*kept)
         if problem.reduction != "none":  # added up in the same order on every rank, whatever plan each has
+            _, counted = row_weights(problem, tensors, gathered, rows)
             loss = reference.reduced(
                 kept.losses, None, counted, tensors.sample_weight, normalizer, problem.reduction, problem.on_all_ignored
             ).to(problem.dtype)
@@ -125,6 +121,15 @@ class Setup(NamedTuple):
         """As that of any setup; without a collective."""
         tensors = Tensors(*tensors)._replace(normalizer=kept.normalizer)
         return self.local.backward(self.given(tensors), kept, upstream, expected)
+
+    def start(self, tensors):
+        """Start what `forward` does, up to the gather; `finish_started` ends it."""
+        tensors = Tensors(*tensors)
+        return tensors, start_gathering(self.summary(tensors), self.problem)
+
+    def finish_started(self, started, expected):
+        tensors, gathering = started
+        return self.finish(tensors, wait_for(gathering, self.problem), expected)
 
     def given(self, tensors):
         """The tensors as autograd gives them to a setup."""
@@ -156,6 +161,15 @@ def row_weights(problem, tensors, gathered, shape):
     return like if weights is None else weights, counted
 
 
+def with_normalizer(problem, tensors, gathered, shape):
+    """The tensors with what a mean over rows of this shape divides by."""
+    if problem.reduction != "mean" or tensors.normalizer is not None:
+        return tensors
+    weights, counted = row_weights(problem, tensors, gathered, shape)
+    total = reference.reduced(weights, weights, counted, tensors.sample_weight, None, "sum", "nan")
+    return tensors._replace(normalizer=total)
+
+
 def weights_here(problem, tensors):
     """The weight of each row's class where that is in this slice, else 0; (rows)."""
     weight, index = tensors.weight, tensors.target.long().reshape(-1) - problem.class_start
@@ -182,6 +196,16 @@ def largest(q):
         return none - torch.inf, none
     most, column = q.max(axis)
     return most.reshape(-1), column.reshape(-1)
+
+
+def sum_over_ranks(tensor, problem):
+    """The sum of what all ranks have."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(tensor, "sum", problem.group))
+
+
+def sum_over_ranks_(tensor, problem):
+    """The same in its place."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce_(tensor, "sum", problem.group))
 
 
 def start_gathering(packed, problem):
