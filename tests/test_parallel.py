@@ -7,13 +7,14 @@ compared here with what one process finds.
 import datetime
 import itertools
 import os
+import re
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from parity import class_axis
-from test_options import ALONE, allowed, call, outcome, plain
+from parity import class_axis, make
+from test_options import ALONE, allowed, call, flat, outcome, plain
 
 import xent_ext
 from xent_ext import backends, dispatch
@@ -210,3 +211,209 @@ def test_padding_of_the_layer_takes_no_part():
                 assert not value[23:].any()
                 value = value[:23]
             torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")
+
+
+# --- DTensors
+
+
+def placed(args, mesh, placements):
+    """Tensors as DTensors, whole elsewhere than in the placements given by name."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    return {
+        name: distribute_tensor(value.detach(), mesh, placements.get(name, [Replicate()] * mesh.ndim)).requires_grad_(
+            value.requires_grad
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in args.items()
+    }
+
+
+def tensors_cases():
+    rows = {"return_stats": True, "label_smoothing": 0.1}
+    return {
+        "mean": call((8, 23)),
+        "statistics": call((8, 23), **rows),
+        "weights": call((8, 23), sample_weight="sample_weight", logit_scale="logit_scale", reduction="sum"),
+        "none": call((8, 23), reduction="none", z_loss=0.1),
+        "probabilities": call((8, 23), probabilities=True, reduction="sum"),
+        "pixels": call((4, 23, 6), **rows),
+        "shift": shifted_case(),
+    }
+
+
+def shifted_case():
+    x, tokens, _ = make((4, 23, 5), torch.float64, seed=4)
+    return {
+        "input": x.movedim(1, -1).contiguous().requires_grad_(),
+        "target": tokens,
+        "shift": True,
+        "return_stats": True,
+    }
+
+
+def distributed_logits(rank):
+    """The cases on a line of all ranks, and for four on a plane whose other dimension has the batch."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    ranks, found = dist.get_world_size(), {}
+    for (name, args), plane in itertools.product(tensors_cases().items(), (False, True)):
+        if plane and ranks != 4:
+            continue
+        mesh = dist.init_device_mesh("cpu", (2, 2) if plane else (ranks,))
+        axis, batch = (2 if args.get("shift") else 1), [Shard(0)] * plane
+        placements = {
+            "input": [*batch, Shard(axis)],
+            "target": [*batch, Replicate()],
+            "sample_weight": [*batch, Replicate()],
+        }
+        if args["target"].is_floating_point():
+            placements["target"] = placements["input"]
+        here = outcome_of_shards(xent_ext.cross_entropy, placed(args, mesh, placements))
+        found[f"{name} on a {'plane' if plane else 'line'}"] = {key: value.full_tensor() for key, value in here.items()}
+    return found
+
+
+def outcome_of_shards(function, args):
+    """`test_options.outcome` of DTensors, for the loss alone: the same random factors."""
+    found = flat(function(**args))
+    factor = torch.randn(found["loss"].shape, generator=torch.Generator().manual_seed(5)).to(found["loss"].dtype)
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = args["input"].device_mesh
+    (found["loss"] * distribute_tensor(factor, mesh, [Replicate()] * mesh.ndim)).sum().backward()
+    leaves = {name: value for name, value in args.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    return {name: value.detach() for name, value in found.items()} | {f"d {name}": t.grad for name, t in leaves.items()}
+
+
+@needs_recent
+@pytest.mark.parametrize("processes", [3, 4])
+def test_distributed_logits(answers, processes):
+    """Uneven shards of the classes, alone and with shards of the batch beside them."""
+    for name, found in answers(distributed_logits, processes)[0].items():
+        args = tensors_cases()[name.partition(" on ")[0]]
+        function = xent_ext.cross_entropy if args.get("shift") else plain
+        true = outcome(function, args, upstreams=("loss",))
+        for key, value in found.items():
+            torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")
+
+
+def distributed_layers(rank):
+    """The layer's cases with shards of the classes, of the batch with a gathered weight, and on a plane of both."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    ranks, found = dist.get_world_size(), {}
+    line, plane = (ranks,), (2, 2)
+    one, rows = Replicate(), Shard(0)
+    ways = {
+        "classes": (line, [one], [Shard(0)]),
+        "batch": (line, [rows], [Shard(0)]),
+        "both": (plane, [rows, one], [one, Shard(0)]),
+    }
+    for name, args in layer_cases().items():
+        for way, (shape, of_rows, of_classes) in ways.items():
+            if name == "weights" and way != "classes":
+                continue  # the gradient of sample_weight hangs on the mean over other shards
+            mesh = dist.init_device_mesh("cpu", shape)
+            placements = dict.fromkeys(("input", "target", "sample_weight"), of_rows) | {"linear_weight": of_classes}
+            here = outcome_of_shards(xent_ext.linear_cross_entropy, placed(args, mesh, placements))
+            found[f"{name}, {way}"] = {key: value.full_tensor() for key, value in here.items()}
+    return found
+
+
+@needs_recent
+def test_distributed_layers(answers):
+    for name, found in answers(distributed_layers, 4)[0].items():
+        args = layer_cases()[name.rpartition(", ")[0]]
+        true = outcome(xent_ext.linear_cross_entropy, args, upstreams=("loss",))
+        for key, value in found.items():
+            torch.testing.assert_close(value, true[key], msg=lambda m, at=(name, key): f"{at}: {m}")
+
+
+# --- What goes wrong
+
+
+WRONG = {
+    # What differs, what each rank gives, and the error of all ranks.
+    "rows": ({"target": (5, 6)}, r"ValueError: on rank 1 of the process_group: Expected input batch_size \(5\)"),
+    "dtype": ({"dtype": ("float32", "int64")}, r"NotImplementedError: on rank 1 of the process_group: input must be"),
+    "mixed dtypes": ({"dtype": ("float32", "float64")}, r"RuntimeError: dtype must be the same on all ranks"),
+    "targets": ({"seed": (0, 1)}, r"RuntimeError: target must be the same on all ranks .* with hash .* on rank 1"),
+    "options": ({"label_smoothing": (0.0, 0.1)}, r"RuntimeError: label_smoothing must be the same on all ranks"),
+    "gap": ({"class_start": (0, 12)}, r"ValueError: every class must be on one rank .* rank 1 starts at class 12"),
+    "too few": ({"num_classes": (23, 23)}, r"ValueError: every class must be on one rank .*, got 20 of 23"),
+}
+
+
+def wrong_call(rank, difference):
+    of_rank = {name: values[rank] for name, values in difference.items()}
+    generator = torch.Generator().manual_seed(of_rank.pop("seed", 0))
+    target = torch.randint(20, (of_rank.pop("target", 5),), generator=generator)
+    place = {"process_group": dist.group.WORLD, "class_start": 10 * rank, "num_classes": 20}
+    input = torch.zeros(5, 10, dtype=getattr(torch, of_rank.pop("dtype", "float32")))
+    return {"input": input, "target": target, **place, **of_rank}
+
+
+def message_of(function, args):
+    try:
+        function(**args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def errors(rank):
+    """What each rank raises where the ranks' calls differ; after each, and without the check, the group goes on."""
+    backends.CHECK = True
+    found = {}
+    for name, (difference, _) in WRONG.items():
+        args = wrong_call(rank, difference)
+        found[name] = message_of(xent_ext.cross_entropy, args)
+        if name in ("rows", "targets", "gap"):
+            features = torch.ones(5, 4)
+            layer = {"linear_weight": torch.ones(10, 4), **{k: v for k, v in args.items() if k != "input"}}
+            found[f"{name} of the layer"] = message_of(xent_ext.linear_cross_entropy, {"input": features, **layer})
+        found[f"after {name}"] = message_of(xent_ext.cross_entropy, wrong_call(rank, {}))
+    backends.CHECK = False
+    found["class index"] = message_of(xent_ext.cross_entropy, wrong_call(rank, {}) | {"target": torch.full((5,), 20)})
+    leaf = torch.zeros(5, 10, requires_grad=True)
+    loss = xent_ext.cross_entropy(**wrong_call(rank, {}) | {"input": leaf})
+    found["create_graph"] = message_of(lambda: torch.autograd.grad(loss, leaf, create_graph=True), {})
+    found["weight"] = message_of(
+        xent_ext.cross_entropy,
+        wrong_call(rank, {}) | {"target": torch.ones(5, 10) / 20, "weight": torch.ones(10, requires_grad=True)},
+    )
+    return found
+
+
+def test_all_ranks_raise_the_same_error(answers):
+    first, second = answers(errors, 2)
+    assert first == second
+    for name, (_, error) in WRONG.items():
+        assert re.match(error, first[name]), first[name]
+        assert first[f"after {name}"] == "nothing"
+        if f"{name} of the layer" in first:
+            assert re.match(error.partition(r" Expected")[0], first[f"{name} of the layer"])
+    assert re.match(r"IndexError: Target 20 is out of bounds.*\[0, 20\)", first["class index"])
+    assert re.match("NotImplementedError: .* create_graph=True", first["create_graph"])
+    assert re.match("NotImplementedError: .* gradient with respect to the weight", first["weight"])
+
+
+def one_rank_raises(rank):
+    """Without the check: a rank that raises before it sends anything leaves the other to the group's timeout."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    start = time.monotonic()
+    args = {"input": torch.zeros(5, 10), "target": torch.zeros(5 + rank, dtype=torch.int64), "process_group": group}
+    message = message_of(xent_ext.cross_entropy, args)
+    waited = time.monotonic() - start
+    dist.barrier()
+    return message, waited, message_of(xent_ext.cross_entropy, wrong_call(rank, {}))
+
+
+def test_a_rank_that_raises_is_not_waited_for_beyond_the_timeout(answers):
+    (first, waited, after), (second, _, after_second) = answers(one_rank_raises, 2)
+    assert second.startswith("ValueError: Expected input batch_size")
+    assert first.startswith(("RuntimeError", "DistBackendError"))
+    assert waited < 15
+    assert after == after_second == "nothing"

@@ -88,7 +88,6 @@ def problem_of(arguments, options):
 
 
 def with_options(problem, options, columns):
-    names = checks.stat_names(options.return_stats)
     there = (
         {} if options.process_group is options.num_classes is None else parallel.slice_of(options, columns)._asdict()
     )
@@ -101,8 +100,14 @@ def with_options(problem, options, columns):
         on_all_ignored=options.on_all_ignored,
         shift=options.shift,
         inplace=options.inplace,
-        stats=tuple(name for name in reference.STATS if name in names or (name == "correct" and "accuracy" in names)),
+        stats=stats_by_row(options.return_stats),
     )
+
+
+def stats_by_row(return_stats):
+    """The statistics of rows that are needed for those that are asked for."""
+    names = checks.stat_names(return_stats)
+    return tuple(name for name in reference.STATS if name in names or (name == "correct" and "accuracy" in names))
 
 
 def tensors_of(problem, arguments, options):

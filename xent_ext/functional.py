@@ -138,10 +138,11 @@ def cross_entropy(
 
     Where the logits are saved for backward, changing them in place before it raises RuntimeError.
 
-    Logits that are a `DTensor`, replicated or sharded on the batch, have a loss and gradients that are; each shard is
-    computed where it is. The other tensors must be of the same mesh, in any placement. "mean" divides by the normaliser
-    of all shards, for which one number is reduced over them. Logits in another placement, such as sharded on the
-    classes, raise NotImplementedError.
+    Logits that are a `DTensor`, replicated, sharded on the batch or, on one dimension of the mesh, on the classes, have
+    a loss and gradients that are; each shard is computed where it is. The other tensors must be of the same mesh, in
+    any placement; without shards of the batch they may be plain, and the same everywhere. "mean" divides by the
+    normaliser of all shards of the batch, for which one number is reduced over them. Logits in another placement raise
+    NotImplementedError.
     """
     if (  # written out: few logits take few microseconds
         dtype is softcap is sample_weight is normalizer is None
@@ -295,7 +296,9 @@ def linear_cross_entropy(
     Memory beyond the arguments: the gradients, and chunk_rows * C logits, thrice for gradients of statistics. Without a
     gradient: the logits alone.
 
-    Of a `DTensor` all logits are made, which must be as `cross_entropy` takes them: gather a sharded weight before.
+    Of a `DTensor` input and `linear_weight` each rank computes what is there: along a dimension of the mesh either the
+    input is in shards of its batch, and the weight is gathered if it is sharded; or there is all of the input, and the
+    weight may be in shards of its classes. Other tensors are redistributed to that.
     """
     given = Options(
         dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, False, return_stats, shift,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, call, checks, dispatch, linear_autograd, memory, plan
+from . import agreement, backends, call, checks, dispatch, linear_autograd, memory, plan
 from .call import Arguments, Options
 from .linear import Call, Gradients
 from .problem import CrossEntropyStats, Layer
@@ -36,6 +36,10 @@ def linear_cross_entropy(owner, arguments, options):
     """The loss of `LinearArguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
     if torch.compiler.is_compiling() and not backends.RECENT:
         return outside_graphs(owner, arguments, options)
+    if backends.RECENT and any(map(dispatch.is_distributed, arguments[:2])) and arguments.linear_weight.dim() == 2:
+        return of_shards(owner, arguments, options)
+    if backends.CHECK and options.process_group is not None:
+        agreement.check(options.process_group, lambda: rows_of(arguments, options).of_loss())
     rows = rows_of(arguments, options)
     if rows is None:
         return of_whole_logits(owner, arguments, options)
@@ -47,6 +51,13 @@ def linear_cross_entropy(owner, arguments, options):
 
 # Breaks a graph that can't have it, which goes on after it.
 outside_graphs = linear_cross_entropy if backends.RECENT else torch.compiler.disable(linear_cross_entropy)
+
+
+def of_shards(owner, arguments, options):
+    from . import sharded_layer  # which imports torch.distributed.tensor
+
+    shards = sharded_layer.LayerShards(arguments, options)
+    return shards.whole(linear_cross_entropy(owner, shards.arguments, shards.options))
 
 
 def rows_of(arguments, options):
@@ -124,6 +135,10 @@ class Rows:
         given = Gradients(tensors.input, tensors.sample_weight, tensors.logit_scale, *self.layer)
         recorded = torch.is_grad_enabled()
         return Gradients(*[each is not None and recorded and each.requires_grad for each in given])
+
+    def of_loss(self):
+        """`Problem` and `Tensors` of the loss."""
+        return self.call.problem, self.tensors._replace(input=self.arguments.input)
 
     def route(self):
         """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""

@@ -11,6 +11,7 @@ from . import parallel, reference
 from .backends import RECENT
 from .call import Arguments, Options, prepare, problem_of, statistics
 from .layout import batch_shape, class_axis, visible
+from .reference import accumulation_dtype
 
 
 class Shards:
@@ -26,26 +27,38 @@ class Shards:
         self.given, self.options_given = arguments, options or Options()
         self.problem = problem = problem_of(arguments, self.options_given)
         check(problem, self.options_given, arguments)
-        self.place(arguments.input)
+        self.shape = batch_shape(visible(problem, torch.empty(arguments.input.shape, device="meta")).shape)
+        self.place(arguments.input.device_mesh, arguments.input.placements, axis_of_classes(problem, arguments.input))
         self.arguments = self.arguments_here()
         self.options = self.options_here()
-        if problem.reduction == "mean" and self.options.normalizer is None and any(p.is_partial() for p in self.summed):
-            found, of_classes = normalizer(self.arguments, self.options)
-            total = DTensor.from_local(found, self.mesh, self.parts if of_classes else self.summed, run_check=False)
-            self.options = self.options._replace(normalizer=local(total, self.everywhere))
+        self.settle_normalizer(*prepare(self.arguments, self.options))
 
-    def place(self, input):
-        """Where the tensors are: placements on the mesh of the logits."""
-        self.mesh, self.logits = input.device_mesh, input.placements
-        self.shape = batch_shape(visible(self.problem, torch.empty(input.shape, device="meta")).shape)
-        axis, one = axis_of_classes(self.problem, input), Replicate()
-        self.classes = next((d for d, p in enumerate(self.logits) if p.is_shard(axis)), None)  # dimension of the mesh
-        of_rows = [one if d == self.classes else p for d, p in enumerate(self.logits)]
+    def place(self, mesh, logits, axis):
+        """Where the tensors are on the mesh, whose logits are in these placements and have their classes at `axis`."""
+        self.mesh, self.logits, one = mesh, logits, Replicate()
+        self.classes = next((d for d, p in enumerate(logits) if p.is_shard(axis)), None)  # dimension of the mesh
+        of_rows = [one if d == self.classes else p for d, p in enumerate(logits)]
         self.rows = [Shard(p.dim - 1) if p.is_shard() and p.dim > axis else p for p in of_rows]
-        self.everywhere = [one for _ in self.logits]
-        self.by_class = [Shard(0) if d == self.classes else one for d, _ in enumerate(self.logits)]
+        self.everywhere = [one for _ in logits]
+        self.by_class = [Shard(0) if d == self.classes else one for d, _ in enumerate(logits)]
         self.summed = [Partial() if p.is_shard() else p for p in of_rows]  # a part from each shard of the batch
-        self.parts = [Partial() if p.is_shard() else p for p in self.logits]  # and of the classes
+        self.parts = [Partial() if p.is_shard() else p for p in logits]  # and of the classes
+
+    def settle_normalizer(self, problem, tensors):
+        """What a mean divides by where the batch is in shards, of these here and of all."""
+        if (
+            problem.reduction != "mean"
+            or tensors.normalizer is not None
+            or not any(p.is_partial() for p in self.summed)
+        ):
+            return
+        if tensors.sample_weight is not None and tensors.sample_weight.requires_grad:
+            raise NotImplementedError(
+                "sample_weight must not require grad with reduction='mean' over shards of the batch: give a normalizer"
+            )
+        found, of_classes = normalizer(problem, tensors)
+        total = DTensor.from_local(found, self.mesh, self.parts if of_classes else self.summed, run_check=False)
+        self.options = self.options._replace(normalizer=local(total, self.everywhere))
 
     def arguments_here(self):
         given, problem = self.given, self.problem
@@ -65,19 +78,16 @@ class Shards:
             normalizer=self.placed(given.normalizer, self.everywhere),
             logit_scale=self.placed(given.logit_scale, self.everywhere, self.parts),
             return_stats=self.problem.stats,
-            **self.slice_here(),
+            **self.slice_here(self.given.input.shape[axis_of_classes(self.problem, self.given.input)]),
         )
 
-    def slice_here(self):
-        """Which classes are here, as options."""
+    def slice_here(self, classes):
+        """Which of the classes are here, as options."""
         if self.classes is None:
             return {}
-        input, axis = self.given.input, axis_of_classes(self.problem, self.given.input)
-        _, starts = compute_local_shape_and_global_offset(input.shape, self.mesh, self.logits)
-        classes = self.problem.num_classes or input.shape[axis]
-        return {
-            "process_group": self.mesh.get_group(self.classes), "class_start": starts[axis], "num_classes": classes,
-        }  # fmt: skip
+        _, (start,) = compute_local_shape_and_global_offset((classes,), self.mesh, self.by_class)
+        classes = self.options_given.num_classes or classes
+        return {"process_group": self.mesh.get_group(self.classes), "class_start": start, "num_classes": classes}
 
     def placed(self, value, placements, of_gradient=None):
         """What is here of a tensor in these placements; a plain one is the same everywhere."""
@@ -92,7 +102,8 @@ class Shards:
         if not self.options_given.return_stats:
             return loss
         stats = {name: self.of_rows(getattr(stats, name)) for name in self.problem.stats}
-        return loss, statistics(self.options_given.return_stats, self.problem, self.given.target, stats)
+        target = self.given.target[:, 1:] if self.options_given.shift else self.given.target
+        return loss, statistics(self.options_given.return_stats, self.problem, target, stats)
 
     def of_rows(self, rows):
         """What each has of its rows, as one tensor."""
@@ -119,17 +130,19 @@ def axis_of_classes(problem, input):
     return 2 if problem.shift else class_axis(input.shape)
 
 
-def normalizer(arguments, options):
-    """What the mean of these rows divides by, the sum of their weights; whether other classes here add to it."""
-    problem, tensors = prepare(arguments, options)
-    ones = torch.ones(
-        batch_shape(visible(problem, tensors.input).shape),
-        dtype=reference.accumulation_dtype(problem.dtype),
-        device=tensors.input.device,
-    )
+def normalizer(problem, tensors):
+    """What the mean of these rows divides by, the sum of their weights; whether other ranks' classes add to it."""
+    ones = torch.ones(rows_of(problem, tensors), dtype=accumulation_dtype(problem.dtype), device=tensors.input.device)
     if not problem.ranks:
         return reference.mean_normalizer(problem, tensors, ones), False
     return parallel.normalizer_here(problem, tensors, ones)
+
+
+def rows_of(problem, tensors):
+    """The shape of the rows."""
+    if not problem.probabilities:
+        return tensors.target.shape if tensors.input.dim() > 1 else ()
+    return batch_shape(tensors.target.shape)
 
 
 def check(problem, options, arguments):
@@ -161,9 +174,3 @@ def check(problem, options, arguments):
             continue
         if has_shards_of_batch or isinstance(value, DTensor):
             raise RuntimeError(f"{name} must be a DTensor on the mesh of input, got {type(value).__name__}")
-    f = options.sample_weight
-    of_all = problem.reduction == "mean" and options.normalizer is None and has_shards_of_batch
-    if f is not None and f.requires_grad and of_all:
-        raise NotImplementedError(
-            "sample_weight must not require grad with reduction='mean' over DTensor logits: give a normalizer"
-        )
