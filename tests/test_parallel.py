@@ -417,3 +417,95 @@ def test_a_rank_that_raises_is_not_waited_for_beyond_the_timeout(answers):
     assert first.startswith(("RuntimeError", "DistBackendError"))
     assert waited < 15
     assert after == after_second == "nothing"
+
+
+# --- Training
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.hidden = torch.nn.Embedding(23, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 23, bias=False)
+
+    def forward(self, tokens):
+        return torch.tanh(self.hidden(self.embedding(tokens)))
+
+
+def train(model, loss_of, batches):
+    """The parameters after a few steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for tokens, target in batches:
+        loss_of(tokens, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+
+
+def batches():
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(23, (2, 8), generator=generator) for _ in range(3)]
+
+
+def trained_by_ddp(mesh):
+    """The head's slice and the layer's loss, with the rest in copies, whose gradients the batch's shards average."""
+    data, classes = mesh["data"], mesh["classes"]
+    model, rank = Model(), classes.get_local_rank()
+    start, end = ((0, 12), (12, 23))[rank]
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach()[start:end].clone())
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        Whole(model, classes.get_group(), start), process_group=data.get_group()
+    )
+    rows = slice(4 * data.get_local_rank(), 4 * data.get_local_rank() + 4)
+    found = train(model, lambda tokens, target: wrapped(tokens[rows], target[rows]), batches())
+    slices = [None, None]
+    dist.all_gather_object(slices, found["head.weight"], group=classes.get_group())
+    return found | {"head.weight": torch.cat(slices)}
+
+
+class Whole(torch.nn.Module):
+    """Tokens to a loss, with a slice of the classes."""
+
+    def __init__(self, model, group, start):
+        super().__init__()
+        self.model, self.place = model, {"process_group": group, "class_start": start, "num_classes": 23}
+
+    def forward(self, tokens, target):
+        weight = self.model.head.weight
+        return xent_ext.linear_cross_entropy(self.model(tokens), weight, target, chunk_rows=3, **self.place)
+
+
+def trained_by_fsdp(mesh):
+    """FSDP over shards of the batch, a column-parallel head, and PyTorch's name for the loss of its DTensor logits."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+
+    data, classes = mesh["data"], mesh["classes"]
+    model = Model()
+    parallelize_module(model, classes, {"head": ColwiseParallel(use_local_output=False)})
+    fully_shard(model.head, mesh=data)
+    fully_shard(model, mesh=data)
+    rows = slice(4 * data.get_local_rank(), 4 * data.get_local_rank() + 4)
+
+    def loss_of(tokens, target):
+        with xent_ext.installed(), loss_parallel():
+            return torch.nn.functional.cross_entropy(model.head(model(tokens[rows])), target[rows])
+
+    return train(model, loss_of, batches())
+
+
+def training(rank):
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    return {"DDP": trained_by_ddp(mesh), "FSDP": trained_by_fsdp(mesh)}
+
+
+@needs_recent
+def test_training_on_a_plane_is_that_of_one_process(answers):
+    """Tensor parallelism of the classes beside data parallelism."""
+    model = Model()
+    one = train(model, lambda x, target: torch.nn.functional.cross_entropy(model.head(model(x)), target), batches())
+    for found in answers(training, 4):
+        for name, parameters in found.items():
+            for key, value in one.items():
+                torch.testing.assert_close(parameters[key], value, msg=lambda m, at=(name, key): f"{at}: {m}")
