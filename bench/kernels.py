@@ -16,6 +16,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import xent_ext
@@ -40,6 +41,7 @@ class Variant:
     reduction: str = "mean"
     backwards: int = 1  # 0: no gradient; 2: a second backward makes the gradient anew
     options: tuple = ()  # those for training: (name, value) of each
+    ranks: int = 0  # which share the classes, of which these are one's
 
     def __str__(self):
         options = [
@@ -50,6 +52,7 @@ class Variant:
             self.reduction,
             *["no gradient"] * (self.backwards == 0),
             *[name if value is True else f"{name}={value}" for name, value in self.options],
+            *[f"{self.ranks} ranks"] * (self.ranks > 0),
         ]
         return f"{self.shape} {' '.join(options)}"
 
@@ -108,6 +111,10 @@ VARIANTS = [
     Variant("and of long ones", (8192, 32000), BF16, options=STATISTICS),
     Variant("and of few", (8, 151936), BF16, options=STATISTICS),
     Variant("and of pixels", (8, 19, 1024, 2048), BF16, reduction="none", options=STATISTICS),
+    # A slice of the classes, of which other ranks have the rest.
+    Variant("a slice of a large vocabulary", (4096, 32000), BF16, backwards=2, ranks=4),
+    Variant("and with every option", (4096, 16000), FP32, ranks=3, **EVERY_CLASS),
+    Variant("and statistics, of few rows", (8, 64000), BF16, options=STATISTICS, ranks=2),
 ]
 
 HEADER = [
@@ -197,6 +204,7 @@ def make_call(variant: Variant):
     """The tensors are never touched, so that they take no memory, however large."""
     rows = variant.shape[:1] + variant.shape[2:]
     x = torch.empty(variant.shape, dtype=variant.dtype, requires_grad=variant.backwards > 0)
+    group = {"process_group": group_of(variant.ranks)} if variant.ranks else {}
     loss = xent_ext.cross_entropy(
         x,
         torch.empty_like(x, requires_grad=False) if variant.probabilities else torch.empty(rows, dtype=torch.int64),
@@ -204,6 +212,7 @@ def make_call(variant: Variant):
         reduction=variant.reduction,
         label_smoothing=variant.smoothing,
         **dict(variant.options),
+        **group,
     )
     if isinstance(loss, tuple):
         loss, _ = loss
@@ -211,10 +220,20 @@ def make_call(variant: Variant):
         torch.autograd.grad(loss, x, torch.empty_like(loss), retain_graph=True)
 
 
+def group_of(ranks: int):
+    """A process group of so many ranks, of which this process is the first and the others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    return dist.group.WORLD
+
+
 def walk(launch, variant: Variant) -> dict:
     """What a launch does with the logits, and in how many vectors of 128 bits a thread could read its tile once."""
     arguments, metadata = launch.arguments, launch.kernel.metadata
-    if "given" not in arguments:
+    if "results" not in arguments:  # it has nothing to do with logits but those at the targets
         return {"pass": ""}
     results, gradient, numbers = arguments["results"], arguments["gradient"], arguments["K"]
     if gradient.view is None:

@@ -37,6 +37,7 @@ PASSES = {
     "cluster": {"loss", "loss+gradient", "remake", "gradient"},  # `resident`, shared by several programs
     "streaming": {"loss", "loss+gradient"},
     "gradient": {"loss", "loss+gradient", "remake", "gradient"},
+    "collect": {""},
     "normalizer_parts": {""},
     "sum_parts": {""},
 }
