@@ -1,7 +1,7 @@
 """Classes in slices on the processes of a gloo group: the loss of the whole logits, and nothing that hangs.
 
-Each number of processes is started once, with a deadline. They make all calls in `WORK`, and what they return is
-compared here with what one process finds.
+Each number of processes is started once, with a deadline. They do all of their `WORK`, and what they return is compared
+here with what one process finds.
 """
 
 import datetime
@@ -22,8 +22,7 @@ from xent_ext import backends, dispatch
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no torch.distributed with gloo"
 )
-needs_recent = pytest.mark.skipif(not backends.RECENT, reason="DTensor logits, and graphs, need PyTorch 2.12")
-DEADLINE = 120  # seconds
+DEADLINE = 180  # seconds
 SIZES = {2: (10, 13), 3: (0, 22, 1), 4: (7, 5, 0, 11)}  # of 23 classes
 TWO_CALLS = [("mean", 0.0), ("none", 0.1)]
 
@@ -94,24 +93,36 @@ def slices(rank):
     }
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What functions return in each of so many processes, started once."""
-    path, found = tmp_path_factory.mktemp("processes"), {}
-
-    def of(function, processes):
-        key = f"{function.__name__}-{processes}"
-        if key not in found:
-            found[key] = start(function, processes, path / key)
-        return found[key]
-
-    return of
+def equal_slices(rank):
+    """Of 24 classes, the last two of them padding, by the module."""
+    args = call((7, 24))
+    size = 24 // dist.get_world_size()
+    module = xent_ext.CrossEntropyLoss(process_group=dist.group.WORLD, num_classes=22)
+    here = sliced(args, size * rank, size)
+    module.weight = here["weight"]
+    loss = module(here["input"], here["target"] % 22)
+    loss.backward()
+    return loss.detach(), here["input"].grad, xent_ext.explain(**here, process_group=dist.group.WORLD, num_classes=22)
 
 
-@pytest.mark.parametrize("processes", SIZES)
-def test_slices_are_the_whole(answers, processes):
+def need_no_start(found):
+    """Slices of equal size, with padding in the last."""
+    args = call((7, 24))
+    input = args["input"].detach()[:, :22].requires_grad_()
+    loss = plain(input=input, target=args["target"] % 22, weight=args["weight"][:22])
+    loss.backward()
+    whole = torch.cat([gradient for _, gradient, _ in found], 1)
+    torch.testing.assert_close(whole[:, :22], input.grad)
+    assert not whole[:, 22:].any()
+    for ours, _, explanation in found:
+        torch.testing.assert_close(ours, loss)
+        assert explanation.implementation == "cpu"
+        assert explanation.traffic.sent == 7 * 5 * 8  # five float64 for each row, as there are class weights
+        assert explanation.traffic.received == 3 * explanation.traffic.sent
+
+
+def are_the_whole(found):
     """Each option, kind of target and shape: equal on all ranks to the bit, and equal to one process's float64."""
-    found = answers(slices, processes)
     for name, args in cases().items():
         ranks, true = [of_rank[name] for of_rank in found], outcome(plain, args)
         whole = dict(ranks[0])
@@ -180,9 +191,7 @@ def layers(rank):
     return {name: outcome(xent_ext.linear_cross_entropy, of_layer(args, rank)) for name, args in layer_cases().items()}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_layers_in_slices_are_the_whole(answers, processes):
-    found = answers(layers, processes)
+def are_the_whole_layer(found):
     for name, args in layer_cases().items():
         ranks, true = [of_rank[name] for of_rank in found], outcome(xent_ext.linear_cross_entropy, args)
         for key, value in ranks[0].items():
@@ -287,11 +296,9 @@ def outcome_of_shards(function, args):
     return {name: value.detach() for name, value in found.items()} | {f"d {name}": t.grad for name, t in leaves.items()}
 
 
-@needs_recent
-@pytest.mark.parametrize("processes", [3, 4])
-def test_distributed_logits(answers, processes):
+def are_those_of_whole_logits(ranks):
     """Uneven shards of the classes, alone and with shards of the batch beside them."""
-    for name, found in answers(distributed_logits, processes)[0].items():
+    for name, found in ranks[0].items():
         args = tensors_cases()[name.partition(" on ")[0]]
         function = xent_ext.cross_entropy if args.get("shift") else plain
         true = outcome(function, args, upstreams=("loss",))
@@ -322,9 +329,8 @@ def distributed_layers(rank):
     return found
 
 
-@needs_recent
-def test_distributed_layers(answers):
-    for name, found in answers(distributed_layers, 4)[0].items():
+def are_those_of_the_whole_layer(ranks):
+    for name, found in ranks[0].items():
         args = layer_cases()[name.rpartition(", ")[0]]
         true = outcome(xent_ext.linear_cross_entropy, args, upstreams=("loss",))
         for key, value in found.items():
@@ -387,8 +393,8 @@ def errors(rank):
     return found
 
 
-def test_all_ranks_raise_the_same_error(answers):
-    first, second = answers(errors, 2)
+def are_the_same_on_all_ranks(found):
+    first, second = found
     assert first == second
     for name, (_, error) in WRONG.items():
         assert re.match(error, first[name]), first[name]
@@ -411,8 +417,8 @@ def one_rank_raises(rank):
     return message, waited, message_of(xent_ext.cross_entropy, wrong_call(rank, {}))
 
 
-def test_a_rank_that_raises_is_not_waited_for_beyond_the_timeout(answers):
-    (first, waited, after), (second, _, after_second) = answers(one_rank_raises, 2)
+def is_not_waited_for_beyond_the_timeout(found):
+    (first, waited, after), (second, _, after_second) = found
     assert second.startswith("ValueError: Expected input batch_size")
     assert first.startswith(("RuntimeError", "DistBackendError"))
     assert waited < 15
@@ -500,12 +506,36 @@ def training(rank):
     return {"DDP": trained_by_ddp(mesh), "FSDP": trained_by_fsdp(mesh)}
 
 
-@needs_recent
-def test_training_on_a_plane_is_that_of_one_process(answers):
+def is_that_of_one_process(ranks):
     """Tensor parallelism of the classes beside data parallelism."""
     model = Model()
     one = train(model, lambda x, target: torch.nn.functional.cross_entropy(model.head(model(x)), target), batches())
-    for found in answers(training, 4):
+    for found in ranks:
         for name, parameters in found.items():
             for key, value in one.items():
                 torch.testing.assert_close(parameters[key], value, msg=lambda m, at=(name, key): f"{at}: {m}")
+
+
+# --- All of it
+
+# What so many processes do, and what is then to be true of what they return.
+WORK = {
+    2: {slices: are_the_whole, layers: are_the_whole_layer, errors: are_the_same_on_all_ranks}
+    | {one_rank_raises: is_not_waited_for_beyond_the_timeout},
+    3: {slices: are_the_whole, layers: are_the_whole_layer},
+    4: {slices: are_the_whole, equal_slices: need_no_start},
+}
+if backends.RECENT:  # as DTensor logits need
+    WORK[3][distributed_logits] = WORK[4][distributed_logits] = are_those_of_whole_logits
+    WORK[4] |= {distributed_layers: are_those_of_the_whole_layer, training: is_that_of_one_process}
+
+
+def work(rank):
+    return {function.__name__: function(rank) for function in WORK[dist.get_world_size()]}
+
+
+@pytest.mark.parametrize("processes", WORK)
+def test_processes(processes, tmp_path):
+    found = start(work, processes, tmp_path / "answers")
+    for function, is_right in WORK[processes].items():
+        is_right([of_rank[function.__name__] for of_rank in found])

@@ -9,7 +9,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from . import parallel, reference
 from .backends import RECENT
-from .call import Arguments, Options, prepare, problem_of, statistics
+from .call import Arguments, Options, prepare, problem_of, statistics, stats_by_row
 from .layout import batch_shape, class_axis, visible
 from .reference import accumulation_dtype
 
@@ -30,7 +30,7 @@ class Shards:
         self.shape = batch_shape(visible(problem, torch.empty(arguments.input.shape, device="meta")).shape)
         self.place(arguments.input.device_mesh, arguments.input.placements, axis_of_classes(problem, arguments.input))
         self.arguments = self.arguments_here()
-        self.options = self.options_here()
+        self.options = self.options_here(arguments.input.shape[axis_of_classes(problem, arguments.input)])
         self.settle_normalizer(*prepare(self.arguments, self.options))
 
     def place(self, mesh, logits, axis):
@@ -71,14 +71,15 @@ class Shards:
             label_smoothing=given.label_smoothing,
         )
 
-    def options_here(self):
+    def options_here(self, classes):
+        """Those of the call here, where there are so many classes in all."""
         given = self.options_given
         return given._replace(
             sample_weight=self.placed(given.sample_weight, self.rows),
             normalizer=self.placed(given.normalizer, self.everywhere),
             logit_scale=self.placed(given.logit_scale, self.everywhere, self.parts),
-            return_stats=self.problem.stats,
-            **self.slice_here(self.given.input.shape[axis_of_classes(self.problem, self.given.input)]),
+            return_stats=stats_by_row(given.return_stats),
+            **self.slice_here(classes),
         )
 
     def slice_here(self, classes):

@@ -6,7 +6,6 @@ Imported when there are any.
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import linear_call
-from .call import stats_by_row
 from .linear_call import with_torch_options
 from .sharded import Shards, local
 
@@ -30,7 +29,7 @@ class LayerShards(Shards):
             for batch, classes in zip(input.placements, weight.placements, strict=True)
         ]
         self.place(input.device_mesh, logits, after)
-        self.arguments, self.options = self.arguments_here(), self.options_here()
+        self.arguments, self.options = self.arguments_here(), self.options_here(weight.shape[0])
         rows = linear_call.rows_of(self.arguments, self.options)
         self.problem = rows.call.problem
         self.settle_normalizer(self.problem, rows.tensors)
@@ -48,16 +47,6 @@ class LayerShards(Shards):
             linear_bias=self.placed(given.linear_bias, self.by_class, of_layer),
             target=self.placed(given.target, of_target),
             weight=self.placed(given.weight, self.by_class, self.summed),
-        )
-
-    def options_here(self):
-        given = self.options_given
-        return given._replace(
-            sample_weight=self.placed(given.sample_weight, self.rows),
-            normalizer=self.placed(given.normalizer, self.everywhere),
-            logit_scale=self.placed(given.logit_scale, self.everywhere, self.parts),
-            return_stats=stats_by_row(given.return_stats),
-            **self.slice_here(self.given.linear_weight.shape[0]),
         )
 
 
