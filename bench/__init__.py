@@ -6,8 +6,9 @@
                    its cases; what each calls; how it is examined, by which errors, with guard zones around tensors
     verify_worker, verify_right
                    the processes that they are examined in, and what these run
-    verify_plans, modelled
-                   its measurements of plans; times from bench/model.json
+    verify_parallel
+                   a case with classes on two devices
+    verify_plans   its measurements of plans
     run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, compile, model, plot,
     compare        the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation

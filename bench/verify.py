@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from xent_ext import backends
 
-from . import machine, modelled, overhead, report, verify_plans, verify_report, verify_worker
+from . import machine, model, overhead, report, verify_plans, verify_report, verify_worker
 from . import run as side_by_side
 from .case import absence
 from .peers import OURS, PEERS
@@ -183,7 +183,7 @@ class Verification:
         def keep(result: dict):
             self.result |= {"fast": result["rows"], "copy_bytes_per_second": result["copy_bytes_per_second"]}
             for row in result["rows"]:
-                row["modelled_ms"] = modelled.milliseconds(result["machine"]["gpu"], row["shape"], row["dtype"])
+                row["modelled_ms"] = model.milliseconds(result["machine"]["gpu"], row["shape"], row["dtype"])
 
         until = self.until("fast")
         report.write(side_by_side.compare(

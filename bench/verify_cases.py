@@ -136,7 +136,11 @@ DEVICES = {
     "two streams, rows of 1000 classes": Case(shape=(512, 1000), check="two_streams", where=(GPU,), quick=True),
     "a compiled graph": Case(shape=(512, 1000), check="compiled", where=(GPU,)),
     "a second device": Case(shape=(512, 1000), check="second_device", where=(GPU,), devices=2, quick=True),
-}
+    "classes on two devices": Case(
+        shape=(64, 9000), check="class_parallel", where=(GPU, CPU), devices=2, dtype="float32",
+        tensors=("weight",), options={"label_smoothing": 0.1, "z_loss": 1e-2, "return_stats": True},
+    ),
+}  # fmt: skip
 
 LAYER = {"shape": (1024, 256, 8192), "check": "layer", "gradients": ("input", "linear_weight"), "where": ALL}
 LAYERS = {

@@ -200,9 +200,3 @@ def call_alone(case: Case, device, found: Found):
     function = xent_ext.linear_cross_entropy if is_layer else xent_ext.cross_entropy
     with forcing(case):
         calls.outcomes(function, case, tensors, calls.options_of(case))
-
-
-CHECKS = {
-    check.__name__: check
-    for check in (loss, second_device, second_backward, out_of_range, layer, compiled, cuda_graph, two_streams)
-}

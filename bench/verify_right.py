@@ -14,8 +14,26 @@ import warnings
 import torch
 
 from .verify_cases import CASES, GPU, INTERPRETER, SANITIZED, Case
-from .verify_checks import CHECKS, call_alone
+from .verify_checks import (
+    call_alone,
+    compiled,
+    cuda_graph,
+    layer,
+    loss,
+    out_of_range,
+    second_backward,
+    second_device,
+    two_streams,
+)
 from .verify_errors import Found, LeftOut
+from .verify_parallel import class_parallel
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        loss, second_device, second_backward, out_of_range, layer, compiled, cuda_graph, two_streams, class_parallel
+    )
+}  # fmt: skip
 
 ON_GPU = (GPU, SANITIZED)
 FEW_ROWS, FEW_IMAGES = 6, 1

@@ -16,7 +16,7 @@ from conftest import needs_gpu
 
 from bench import case as case_module
 from bench import (
-    modelled,
+    model,
     overhead,
     peers,
     report,
@@ -306,7 +306,7 @@ def test_each_kind_of_fault_is_found(function, problem):
 
 def test_cases_have_names_checks_and_layouts():
     assert 60 <= len(cases.CASES) <= 90
-    assert {case.check for case in cases.CASES.values()} == verify_checks.CHECKS.keys()
+    assert {case.check for case in cases.CASES.values()} == verify_right.CHECKS.keys()
     layouts = {case.layout for case in cases.CASES.values()}
     assert layouts == {"contiguous", "no batch", *verify_calls.LAYOUTS}
     assert {case.schedule for case in cases.CASES.values()} == {None, "resident", "streaming", "split"}
@@ -473,7 +473,7 @@ TUNED = {"device": "a GPU", "tuning": {}, "trials": TRIALS}
 
 def test_what_is_timed_is_written_and_shown(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "findings", lambda where, names, until: iter(()))
-    monkeypatch.setattr(modelled, "milliseconds", lambda gpu, shape, dtype: 0.5 if shape[0] == 3 else None)
+    monkeypatch.setattr(model, "milliseconds", lambda gpu, shape, dtype: 0.5 if shape[0] == 3 else None)
     timed.parts()
     assert not timed.result["undone"]
     shown = verify_report.text(timed.result)
@@ -555,22 +555,19 @@ def test_every_plan_is_timed(monkeypatch):
     assert verify_plans.compare((3, 200), "float32", "cpu", 0.0)["left_out"].startswith("needs about")
 
 
-# Modelled times
-
-
 def test_modelled_times_are_those_of_the_gpu(monkeypatch, tmp_path):
     entry = {"shape": [8, 10], "dtype": "bfloat16", "what": "forward+backward", "time_us": 1500.0}
-    model = tmp_path / "model.json"
     entries = [entry | {"device": "A100"}, entry | {"device": "H100", "time_us": 900.0}]
-    model.write_text(json.dumps({"entries": entries}))
-    monkeypatch.setattr(modelled, "MODEL", model)
-    modelled.entries.cache_clear()
-    assert modelled.milliseconds("NVIDIA H100 80GB HBM3", (8, 10), "bfloat16") == 0.9
-    assert modelled.milliseconds("NVIDIA A100-SXM4-80GB", [8, 10], "bfloat16") == 1.5
-    assert modelled.milliseconds("NVIDIA H100 80GB HBM3", (8, 11), "bfloat16") is None
-    assert modelled.milliseconds("NVIDIA L4", (8, 10), "bfloat16") is None
-    assert modelled.milliseconds(None, (8, 10), "bfloat16") is None
-    monkeypatch.setattr(modelled, "MODEL", tmp_path / "none.json")
-    modelled.entries.cache_clear()
-    assert modelled.milliseconds("NVIDIA H100 80GB HBM3", (8, 10), "bfloat16") is None
-    modelled.entries.cache_clear()
+    monkeypatch.setattr(model, "FILE", tmp_path / "model.json")
+    assert model.milliseconds("NVIDIA H100 80GB HBM3", (8, 10), "bfloat16") is None
+    model.FILE.write_text(json.dumps({"entries": entries}))
+    assert model.milliseconds("NVIDIA H100 80GB HBM3", (8, 10), "bfloat16") == 0.9
+    assert model.milliseconds("NVIDIA A100-SXM4-80GB", [8, 10], "bfloat16") == 1.5
+    assert model.milliseconds("NVIDIA H100 80GB HBM3", (8, 11), "bfloat16") is None
+    assert model.milliseconds("NVIDIA L4", (8, 10), "bfloat16") is None
+    assert model.milliseconds(None, (8, 10), "bfloat16") is None
+
+
+def test_what_is_timed_has_modelled_times():
+    for shape in verify.FAST:
+        assert model.milliseconds("NVIDIA H100 80GB HBM3", shape.size, verify.DTYPE) > 0
