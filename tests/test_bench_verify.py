@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 import warnings
 import zipfile
@@ -145,24 +146,57 @@ def test_an_interruption_keeps_what_was_found(monkeypatch, tmp_path, capsys):
 # The processes
 
 
-def test_a_process_that_ends_takes_one_case_with_it(monkeypatch):
-    """Of a name that no case has it ends at once."""
-    names = ["no such case", "one row of 10 classes"]
-    found = {each["name"]: each for each in worker.findings("cpu", names, time.monotonic() + 300)}
-    assert found[names[1]]["status"] == "right"
-    assert found[names[0]]["status"] == "wrong"
-    assert "KeyError: 'no such case'" in found[names[0]]["problems"][0]
+# In the place of what examines the cases.
+WORKER = """if True:
+    import json, sys, time
+    for name in sys.argv[5:]:
+        if name == "ends":
+            sys.exit("it ends here")
+        if name == "hangs":
+            time.sleep(60)
+        print("a library says something")
+        print(json.dumps({"name": name, "status": "right", "problems": []}), flush=True)
+        if name == "last":  # whose device is lost: others need another process
+            break
+"""
 
 
-SLEEPS = "import time; time.sleep(60)"
-
-
-@pytest.mark.parametrize(("seconds", "patience", "status"), [(60, 0.3, "wrong"), (0.3, 60, "left out")])
-def test_a_process_that_hangs_is_ended(seconds, patience, status, monkeypatch):
+@pytest.fixture
+def found(monkeypatch):
+    """What becomes of cases, by name, that this worker is given."""
     monkeypatch.setattr(worker, "POLL", 0.05)
-    prefix = ["python3", "-c", SLEEPS]  # what follows are its arguments
-    found = list(worker.findings("cpu", ["one class"], time.monotonic() + seconds, prefix, patience))
-    assert [(each["name"], each["status"]) for each in found] == [("one class", status)]
+
+    def of(*names, seconds=60, patience=60):
+        prefix = [sys.executable, "-c", WORKER]  # what it is given after that are its arguments
+        each = list(worker.findings("cpu", names, time.monotonic() + seconds, prefix, patience))
+        assert sorted(case["name"] for case in each) == sorted(names)
+        return {case["name"]: (case["status"], *case["problems"]) for case in each}
+
+    return of
+
+
+def test_a_process_that_ends_takes_one_case_with_it(found):
+    assert found("one", "ends", "two", "last", "three") == {
+        **dict.fromkeys(("one", "two", "last", "three"), ("right",)),
+        "ends": ("wrong", "its process ended with 1\nit ends here\n"),
+    }
+
+
+def test_a_process_that_hangs_is_ended(found):
+    assert found("hangs", "one", patience=3) == {"hangs": ("wrong", "no result after 3 seconds\n"), "one": ("right",)}
+
+
+def test_what_has_no_time_left_is_left_out(found):
+    left_out = "left out", "its time was up"
+    assert found("one", "hangs", "two", seconds=3) == {"one": ("right",), "hangs": left_out, "two": left_out}
+
+
+def test_several_processes_share_the_cases(found, monkeypatch):
+    monkeypatch.setattr(worker.os, "cpu_count", lambda: 4)
+    names = [f"case {number}" for number in range(5)]
+    assert found(*names, "ends") == dict.fromkeys(names, ("right",)) | {
+        "ends": ("wrong", "its process ended with 1\nit ends here\n")
+    }
 
 
 @pytest.mark.usefixtures("cpu_blocks")
