@@ -71,8 +71,11 @@ def fast(result: dict) -> str:
          row["best_baseline"] or NOT_MEASURED, ratio_text(row) or NOT_MEASURED, modelled(row)]
         for row in rows
     ]  # fmt: skip
-    copy = f"a copy moves {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"
-    title = f"Fast? Forward and backward in {rows[0]['dtype']}, with launches: median (quartiles); {copy}"
+    title = (
+        f"Fast? Forward and backward in {rows[0]['dtype']}, with launches: median (quartiles). "
+        f"A copy moves {result['copy_bytes_per_second'] / 1e9:.0f} GB/s.\n"
+        "The last column is modelled, not measured; with it how many times as long was measured."
+    )
     return f"{title}\n{table(header, body)}"
 
 

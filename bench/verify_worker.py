@@ -97,7 +97,7 @@ class Worker:
         """Whatever the process was at when it ended is wrong, but if its time was up; others are left for the next."""
         selector.unregister(self.process.stdout)
         self.process.stdout.close()
-        status, is_late = self.process.wait(), time.monotonic() >= self.until
+        status, is_late = self.wait(), time.monotonic() >= self.until
         if self.left and not is_late and (status or not self.count):
             yield finding(self.left.pop(0), self.where, "wrong", f"{self.ending(status)}\n{tail(self.errors)}")
         self.errors.close()
@@ -105,6 +105,13 @@ class Worker:
             self.start(selector)
         elif self.left:
             yield from [finding(name, self.where, "left out", "its time was up") for name in self.left]
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(self.patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self.process.wait()
 
     def ending(self, status: int) -> str:
         return f"no result after {self.patience} seconds" if self.was_silent else f"its process ended with {status}"
