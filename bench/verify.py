@@ -107,7 +107,7 @@ class Verification:
             "method": __doc__,
             "quick": quick,
             "gpus": [str(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())],
-            "rows": [],
+            "cases": [],
             "fast": [],
             "planned": [],
             "tuned": {},
@@ -164,14 +164,14 @@ class Verification:
         with tqdm(verify_worker.findings(where, chosen, self.until(where)), total=len(chosen)) as progress:
             progress.set_description(f"Right, {where}")
             for found in progress:
-                self.result["rows"].append(found)
+                self.result["cases"].append(found)
         order = list(CASES)
-        self.result["rows"].sort(key=lambda row: (row["where"] == CPU, order.index(row["name"])))
+        self.result["cases"].sort(key=lambda row: (row["where"] == CPU, order.index(row["name"])))
 
     def sanitized(self):
         if self.on_gpu:
             start = time.monotonic()
-            self.result["rows"].append(verify_worker.sanitized(names_to_sanitize(self.quick), self.out))
+            self.result["cases"].append(verify_worker.sanitized(names_to_sanitize(self.quick), self.out))
             self.end += time.monotonic() - start  # which was asked for on top
         else:
             self.undone(verify_worker.SANITIZER, "PyTorch sees no GPU")

@@ -15,15 +15,15 @@ NOT_MEASURED = "-"
 
 def text(result: dict) -> str:
     timed = [*result["fast"], *result["host"]]
-    parts = [last_line(result), head(result), problems(result["rows"]), "\n".join([*wrong(timed), *absent(timed)]),
-             right(result["rows"]), fast(result), planned(result), host(result["host"]), undone(result)]  # fmt: skip
+    parts = [last_line(result), head(result), problems(result["cases"]), "\n".join([*wrong(timed), *absent(timed)]),
+             right(result["cases"]), fast(result), planned(result), host(result["host"]), undone(result)]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
 def count(result: dict) -> Counter:
     """How many cases are right, wrong and left out; what was timed was checked before."""
     timed = [row["peers"][OURS]["status"] for row in [*result["fast"], *result["host"]]]
-    return Counter([row["status"] for row in result["rows"]] + [status for status in timed if status == "wrong"])
+    return Counter([row["status"] for row in result["cases"]] + [status for status in timed if status == "wrong"])
 
 
 def last_line(result: dict) -> str:
@@ -132,7 +132,7 @@ def undone(result: dict) -> str:
 def figure(result: dict) -> Figure:
     """The error of each case, and below it the times of the shapes, where there are any."""
     rows = [row for row in result["fast"] if row["upstream"] == 1]
-    examined = [row for row in result["rows"] if row["ratios"]]
+    examined = [row for row in result["cases"] if row["ratios"]]
     drawn = Figure(figsize=(11, 2.5 + 0.16 * len(examined) + 0.4 * len(rows)), layout="constrained")
     drawn.suptitle(last_line(result))
     drawn.supxlabel(one_line(result["machine"]), fontsize=6)

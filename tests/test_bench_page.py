@@ -63,7 +63,7 @@ def page(tmp_path):
         for number in range(30)
     ]
     result = report.begin("verify", "cpu") | {
-        "method": "A <test>", "rows": rows, "fast": [], "planned": [], "tuned": {}, "host": [], "undone": ["a test"]
+        "method": "A <test>", "cases": rows, "fast": [], "planned": [], "tuned": {}, "host": [], "undone": ["a test"]
     }  # fmt: skip
     report.write(result, tmp_path)
     return (tmp_path / "report.html").read_text()

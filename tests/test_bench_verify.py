@@ -68,11 +68,11 @@ def test_without_a_gpu_what_can_be_done_is(monkeypatch, tmp_path, capsys):
         assert f"Not done: {part}: PyTorch sees no GPU" in printed
 
     result = json.loads((out / "verify.json").read_text())
-    assert [(row["where"], row["status"]) for row in result["rows"]] == 2 * [("interpreter", "right")] + 2 * [
+    assert [(row["where"], row["status"]) for row in result["cases"]] == 2 * [("interpreter", "right")] + 2 * [
         ("cpu", "right")
     ]
-    assert result["rows"][0]["plan"] == "triton, resident"
-    assert all(0 <= error <= 2 for row in result["rows"] for error in row["ratios"].values())
+    assert result["cases"][0]["plan"] == "triton, resident"
+    assert all(0 <= error <= 2 for row in result["cases"] for error in row["ratios"].values())
     assert result["machine"]["torch"] == torch.__version__
     with zipfile.ZipFile(tmp_path / "found.zip") as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
@@ -107,7 +107,7 @@ def test_a_wrong_result_is_the_exit_status_and_the_last_line(monkeypatch, tmp_pa
     printed = capsys.readouterr().out
     assert last(printed).startswith("WRONG: 1 of 2 cases are right")
     assert "WRONG: weight (cpu): loss: its error is" in printed
-    assert json.loads((tmp_path / "found/verify.json").read_text())["rows"][1]["status"] == "wrong"
+    assert json.loads((tmp_path / "found/verify.json").read_text())["cases"][1]["status"] == "wrong"
 
 
 @pytest.mark.usefixtures("in_process")
@@ -122,7 +122,7 @@ def test_a_case_that_raises_is_wrong_and_the_others_go_on(monkeypatch, tmp_path,
     monkeypatch.setattr(cpu.Setup, "forward", raises)
     chosen(monkeypatch, *SOME)
     assert main(["verify", "--out", str(tmp_path / "found")]) == 1
-    rows = json.loads((tmp_path / "found/verify.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "found/verify.json").read_text())["cases"]
     assert [row["status"] for row in rows] == ["wrong", "right"]
     assert "in raises" in rows[0]["problems"][0]
     assert rows[0]["problems"][0].rstrip().endswith("ZeroDivisionError: a test")
@@ -524,6 +524,8 @@ def test_what_is_timed_is_written_and_shown(timed, monkeypatch, tmp_path):
     assert {path.stem for path in report.results(tmp_path)} == {"verify", "run", "overhead"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
+    for name, status in {"verify": 2, "run": 0}.items():  # which `compare` takes
+        assert main(["compare", *2 * [str(tmp_path / f"{name}.json")], "--peers", "torch_eager"]) == status
 
 
 def test_a_wrong_result_of_what_is_timed_is_wrong(timed, monkeypatch):
