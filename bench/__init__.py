@@ -1,6 +1,14 @@
 """Measurements of xent_ext beside other implementations of the loss: `python -m bench --help` lists them.
 
     __main__       the command line: a command is a module of this package
+    verify         one command that proves or disproves the package on a machine: right, fast, well planned?
+    verify_cases, verify_calls, verify_checks, verify_errors, guard
+                   its cases; what each calls; how it is examined, by which errors, with guard zones around tensors
+    verify_worker, verify_right
+                   the processes that they are examined in, and what these run
+    verify_parallel
+                   a case with classes on two devices
+    verify_plans   its measurements of plans
     run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, compile, model, plot,
     compare        the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation

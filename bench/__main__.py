@@ -7,6 +7,7 @@ import sys
 # A command is a module with a docstring (its help), add_arguments(parser) and run(args) -> exit status. It is imported
 # when it is called: some need packages that others do without.
 COMMANDS = {
+    "verify": "prove or disprove it on this machine: right, fast, well planned? All into one zip file to send",
     "run": "time the loss beside the other implementations that are found here",
     "memory": "measure the peak memory of each implementation",
     "traffic": "what each implementation must move and hold, by a model that is checked against what it allocates",

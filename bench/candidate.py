@@ -11,6 +11,7 @@ from xent_ext.kernels import implementation
 
 import xent_ext
 from xent_ext import dispatch
+from xent_ext.plan import Tuning
 
 from . import assembly, traffic
 from .case import Timed, check
@@ -19,12 +20,26 @@ from .peers import OURS
 from .search import ROUNDS, Unusable
 
 
+@dataclasses.dataclass(frozen=True)
+class Forced(Tuning):
+    """Launch numbers with the schedule that they are for, whatever the plan would choose."""
+
+    schedule: str | None = None
+
+
+def forced(schedule: str | None, **numbers) -> Forced:
+    """The launch numbers in use, but for these, and a schedule."""
+    usual = dataclasses.asdict(implementation.device_properties(0).tuning)
+    return Forced(**usual | numbers | {"schedule": schedule})
+
+
 @contextlib.contextmanager
 def used(tuning):
     """Inside, calls are planned by these numbers."""
     device = dataclasses.replace(implementation.device_properties(0), tuning=tuning)
+    schedule = getattr(tuning, "schedule", implementation.SCHEDULE)
     dispatch.forget()
-    with mock.patch.multiple(implementation, device_properties=lambda index: device):
+    with mock.patch.multiple(implementation, device_properties=lambda index: device, SCHEDULE=schedule):
         yield
     dispatch.forget()
 

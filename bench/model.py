@@ -8,6 +8,7 @@ counts, scaled to all programs, and the model's time on that device.
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def run(args) -> int:
 
 def read() -> dict:
     return json.loads(FILE.read_text())
+
+
+def milliseconds(gpu: str | None, shape, dtype: str) -> float | None:
+    """The modelled time of a step on the GPU of this name, such as "NVIDIA H100 80GB HBM3"; None where none is."""
+    words = re.split(r"\W+", gpu or "")
+    for entry in read()["entries"] if FILE.exists() else ():
+        if entry["device"] in words and (tuple(entry["shape"]), entry["dtype"]) == (tuple(shape), dtype):
+            return 1e-3 * entry["time_us"]
+    return None
 
 
 def text(model: dict) -> str:

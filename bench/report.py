@@ -6,8 +6,10 @@ The results of a command NAME say so, and how they look is in NAME_report.py, by
 import base64
 import html
 import importlib
+import itertools
 import json
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -96,11 +98,23 @@ PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>xent_ext: measurements</title>
 <style>
-body {{ font-family: sans-serif; margin: 2em; }}
-img {{ max-width: 100%; }}
-pre {{ overflow-x: auto; line-height: 1.35; }}
+:root {{ color-scheme: light dark; --text: #1b1b1b; --page: #fff; --line: #d0d0d0; --stripe: #f4f4f4; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --text: #e4e4e4; --page: #141414; --line: #444; --stripe: #1f1f1f; }}
+}}
+body {{ font-family: sans-serif; color: var(--text); background: var(--page); margin: 0 auto; padding: 1em;
+  max-width: 90em; overflow-wrap: break-word; }}
+img {{ max-width: 100%; height: auto; background: #fff; }}
+pre {{ white-space: pre-wrap; line-height: 1.35; }}
+.wide {{ overflow-x: auto; margin: 1em 0; }}
+table {{ border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25em 0.6em; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child {{ position: sticky; left: 0; max-width: 45vw; text-align: left;
+  white-space: normal; background: var(--page); }}
+tbody tr:nth-child(odd) > * {{ background: var(--stripe); }}
 </style>
 </head>
 <body>
@@ -113,10 +127,47 @@ pre {{ overflow-x: auto; line-height: 1.35; }}
 SECTION = """<section>
 <h2>{name}</h2>
 <img alt="{name}" src="data:image/png;base64,{image}">
-<pre>{text}</pre>
-<h3>Method</h3>
+{text}
+<details>
+<summary>Method</summary>
 <pre>{method}</pre>
+</details>
 </section>"""
+
+
+def as_html(text: str) -> str:
+    """The text with each `table` in it as one of HTML, which a narrow screen scrolls while its first column stays."""
+    lines, parts, prose = text.strip().splitlines(), [], []
+    while lines:
+        if len(lines) > 1 and is_rule(lines[1]):
+            rows = list(itertools.takewhile(str.strip, lines))
+            parts += [preformatted(prose), html_table(rows)]
+            lines, prose = lines[len(rows) :], []
+        else:
+            prose.append(lines.pop(0))
+    return "\n".join(part for part in [*parts, preformatted(prose)] if part)
+
+
+def is_rule(line: str) -> bool:
+    """Whether it is what stands below the header of a `table`."""
+    return bool(line.strip()) and not line.strip("- ")
+
+
+def preformatted(lines: list[str]) -> str:
+    text = "\n".join(lines).strip()
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
+
+
+def html_table(lines: list[str]) -> str:
+    header, rule, *rows = lines
+    columns = [slice(*found.span()) for found in re.finditer("-+", rule)]
+
+    def row(line: str, tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(line[column].strip())}</{tag}>" for column in columns)
+
+    body = "\n".join(f"<tr>{row(line, 'td')}</tr>" for line in rows)
+    head = f"<thead><tr>{row(header, 'th')}</tr></thead>"
+    return f'<div class="wide"><table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def write_page(folder: Path) -> Path:
@@ -125,7 +176,7 @@ def write_page(folder: Path) -> Path:
         SECTION.format(
             name=html.escape(path.stem),
             image=base64.b64encode(path.with_suffix(".png").read_bytes()).decode(),
-            text=html.escape(module(result).text(result).strip()),
+            text=as_html(module(result).text(result)),
             method=html.escape(method(result)),
         )
         for path, result in results(folder).items()

@@ -30,10 +30,11 @@ reason. The exit status is 1 when xent_ext is either. Peak memory is what a call
 beyond its arguments, the gradient included, as `python -m bench memory` measures it.
 """
 
+import math
 import statistics
+import time
 from contextlib import ExitStack, contextmanager
 from itertools import product
-from math import ceil
 
 from tqdm import tqdm
 
@@ -93,8 +94,11 @@ def dtypes(args, device) -> list[str]:
     return args.dtype or ["float32" if device.type == "cpu" else "bfloat16"]
 
 
-def compare(suites, dtypes, modes, peers, device, seconds) -> dict:
-    """Measure all cases that fit; return all that the report needs, ready for JSON."""
+def compare(suites, dtypes, modes, peers, device, seconds, until=math.inf, tell=lambda result: None) -> dict:
+    """Measure all cases that fit; return all that the report needs, ready for JSON.
+
+    No case begins after `until`; after each `tell` is called with the result so far.
+    """
     cache = machine.last_cache_bytes(device)
     copy = in_fresh_process(copy_bandwidth, str(device), cache)
     free = machine.free_memory(device)
@@ -107,11 +111,7 @@ def compare(suites, dtypes, modes, peers, device, seconds) -> dict:
         "cache_bytes": cache,
         "copy_bytes_per_second": copy,
         "free_bytes": free,
-        "left_out": [
-            {"what": case.what, "shape": case.shape, "dtype": case.dtype, "pass": case.mode, "reason": reason}
-            for case, reason in reasons.items()
-            if reason
-        ],
+        "left_out": [left_out(case, reason) for case, reason in reasons.items() if reason],
         "method": __doc__,
         "seconds": seconds,
         "about": {name: ABOUT[name] for name in peers},
@@ -120,15 +120,24 @@ def compare(suites, dtypes, modes, peers, device, seconds) -> dict:
     with tqdm([case for case in cases if not reasons[case]], desc="Measuring", unit="case") as progress:
         for case in progress:
             progress.set_postfix_str(f"{case.shape} {case.dtype} {case.mode}")
-            result["rows"] += measure(case, peers, seconds, rotating_sets(case, cache))
-    for row in result["rows"]:
-        add_rates(row, copy)
+            if time.monotonic() > until:
+                result["left_out"].append(left_out(case, "its time was up"))
+                continue
+            rows = measure(case, peers, seconds, rotating_sets(case, cache))
+            for row in rows:
+                add_rates(row, copy)
+            result["rows"] += rows
+            tell(result)
     result["clocks_after"] = machine.clocks()
     return result
 
 
+def left_out(case: Case, reason: str) -> dict:
+    return {"what": case.what, "shape": case.shape, "dtype": case.dtype, "pass": case.mode, "reason": reason}
+
+
 def rotating_sets(case: Case, cache: int) -> int:
-    return min(max(ceil(2 * cache / case.logits_bytes), 2), MOST_SETS)
+    return min(max(math.ceil(2 * cache / case.logits_bytes), 2), MOST_SETS)
 
 
 def too_large(case: Case, peers, cache: int, copy: float, free: int) -> str | None:

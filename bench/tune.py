@@ -71,8 +71,8 @@ def run(args) -> int:
 # With a GPU
 
 
-def tune(cases: list[Case], device, seconds: float) -> dict:
-    """Search; return what a tuning file holds, with all that its numbers depend on."""
+def tune(cases: list[Case], device, seconds: float, choices=CHOICES) -> dict:
+    """Search these choices; return what a tuning file holds, with all that its numbers depend on."""
     from xent_ext.kernels.device import device_name, device_properties
 
     from . import candidate  # these need Triton
@@ -84,7 +84,7 @@ def tune(cases: list[Case], device, seconds: float) -> dict:
     print(f"Tuning for {name}, from numbers that are {start.source}: {len(cases)} cases.", flush=True)
     left_out = {case: reason for case in cases if (reason := unmeasurable(case, start, measure, cache, free))}
     cases = [case for case in cases if case not in left_out]
-    best, trials = search.search(start, CHOICES, cases, candidate.plan, measure, tell)
+    best, trials = search.search(start, choices, cases, candidate.plan, measure, tell)
     best = dataclasses.replace(best, source=f"measured on {name}")
     return result | {
         "tuning": dataclasses.asdict(best),

@@ -26,6 +26,11 @@ def test_it_is_shown_once(capsys):
     assert str(explanation) == f"implementation  torch: {AS_FAST}\nheld            0 bytes: no gradient is wanted"
 
 
+def test_it_takes_class_indices_in_uint8():
+    logits = torch.randn(3, 5, requires_grad=True)
+    assert repr(xent_ext.explain(logits, INDICES.to(torch.uint8))) == repr(xent_ext.explain(logits, INDICES))
+
+
 def probabilities(**options):
     return torch.randn(3, 5), torch.rand(3, 5, **options)
 

@@ -116,7 +116,9 @@ def storage_of(t):
 
 
 def without_data(t):
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+    # PyTorch's meta functions take no uint8 as the index that its own loss takes.
+    dtype = torch.int64 if t.dtype == torch.uint8 else t.dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device, requires_grad=t.requires_grad)
 
 
 def run(name, problem, tensors, is_small):
