@@ -212,9 +212,8 @@ class Rows:
         if low <= self.problem.ignore_index <= high:
             self.ignored = index == self.problem.ignore_index
             counted = ~self.ignored
-            # A product: to fill, or to choose, by a mask that no one foresees takes three times as long.
-            index, self.counted = index * counted, counted.to(self.acc)
-            low, high = (value.item() for value in torch.aminmax(index))
+            self.counted = counted.to(self.acc)
+            index, low, high = self.without_ignored(index, counted)
         if low < 0 or high >= self.classes:
             checks.bad_class(self.problem, self.tensors)  # raises
         self.index = index if not self.problem.ranks else self.of_slice(index)
@@ -222,6 +221,15 @@ class Rows:
             self.weights = self.cleared_(self.weight.index_select(0, self.index.reshape(-1)).view(self.shape))
         else:
             self.weights = self.counted
+
+    def without_ignored(self, index, counted):
+        """Class indices with a class in the place of the ignored ones; the lowest and the highest that is wrong or 0."""
+        if self.problem.ignore_index < 0 and (index < 0).count_nonzero() == self.ignored.count_nonzero():
+            index = index.clamp(min=0)
+            return index, 0, index.max().item()
+        # A product: to fill, or to choose, by a mask that no one foresees takes three times as long.
+        index = index * counted
+        return index, *(value.item() for value in torch.aminmax(index))
 
     def of_slice(self, index):
         """Class indices among the classes that are here, 0 where they are not; notes which are."""
