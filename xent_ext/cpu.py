@@ -223,7 +223,7 @@ class Rows:
             self.weights = self.counted
 
     def without_ignored(self, index, counted):
-        """Class indices with a class in the place of the ignored ones; the lowest and the highest that is wrong or 0."""
+        """Class indices with a class in the place of the ignored ones; the lowest of them, or 0, and the highest."""
         if self.problem.ignore_index < 0 and (index < 0).count_nonzero() == self.ignored.count_nonzero():
             index = index.clamp(min=0)
             return index, 0, index.max().item()
