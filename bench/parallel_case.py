@@ -89,14 +89,18 @@ def check(case: SlicedCase, name: str) -> dict:
     logits, target = slice_of(case, 0)
     before = logits.detach().clone()
     try:
-        work = functools.partial(PEERS[name].load_for(case), logits, target, _mesh)
+        function = PEERS[name].load_for(case)
+
+        def work():
+            logits.detach().copy_(before)  # whatever an earlier call left
+            return function(logits, target, _mesh)
+
         if name not in (OURS, ALONE):
             work()
         (loss, gradient), peak = machine.peak_memory(work, logits.device)
-        found = {"peak_bytes": peak, "collectives": collectives(work, case.ranks)}
+        found = {"peak_bytes": peak, "intact": torch.equal(logits, before), "collectives": collectives(work)}
     except Exception as error:
         return absence(error)
-    found["intact"] = torch.equal(logits, before)
     if name == ALONE:
         return {"status": "unchecked"} | found
     truth = SliceTruth(before, target)
@@ -129,19 +133,22 @@ SENT = {
     "all_gather_into_tensor": lambda ranks, size: (ranks - 1) * size,
     "all_reduce": lambda ranks, size: 2 * (ranks - 1) / ranks * size,
 }
+LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
 
 
-def collectives(work, ranks: int) -> list[dict]:
+def collectives(work) -> list[dict]:
     """Those of a call, as the profiler saw them, with the bytes that each rank puts in and sends."""
+    ranks = dist.get_world_size()
     _, events = machine.traced(work, record_shapes=True)
     found = []
     for event in events:
-        kind = event["name"].removeprefix("_c10d_functional::")
-        if kind in SENT:
-            size = math.prod(event["args"]["Input Dims"][0]) * ITEMSIZES[event["args"]["Input type"][0]]
-            found.append({"kind": kind, "bytes": size, "sent": SENT[kind](ranks, size)})
-        elif kind.startswith(("all_", "reduce_", "broadcast")) and kind != event["name"]:
+        namespace, _, kind = event["name"].partition("::")
+        if namespace != "_c10d_functional" or kind in LOCAL:
+            continue
+        if kind not in SENT:
             raise NotImplementedError(f"nothing is known of what {kind} sends")
+        size = math.prod(event["args"]["Input Dims"][0]) * ITEMSIZES[event["args"]["Input type"][0]]
+        found.append({"kind": kind, "bytes": size, "sent": SENT[kind](ranks, size)})
     return found
 
 

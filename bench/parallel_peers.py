@@ -51,7 +51,7 @@ def ours_of_dtensor(logits, target, mesh):
 
 
 def torch_loss_parallel(logits, target, mesh):
-    """F.cross_entropy in torch.distributed.tensor.parallel.loss_parallel, as its documentation has it."""
+    """F.cross_entropy in torch.distributed.tensor.parallel.loss_parallel, forward and backward, as documented."""
     with loss_parallel():
         return both(F.cross_entropy(of_slices(logits, mesh), target), logits)
 
