@@ -19,7 +19,8 @@ that either can do, and as many to be received. For xent_ext that must be what `
 an exit status of 1.
 
 The second table is computed: what `explain` says of xent_ext's call on one rank of so many that need not be there. In
-it nothing runs. Memory is the gradient and the summaries of all ranks, of 16 bytes a row and rank; what is read and
+it nothing runs. Memory is that of a CPU: the gradient, a block's buffer, and the summaries of all ranks, of 16 bytes a
+row and rank; some numbers of each row and rank, which live while these are merged, are left out. What is read and
 written, in copies of the slice, is that of a CPU and of an H100. Beside it stands what was measured.
 """
 

@@ -126,6 +126,9 @@ def test_the_bench_shows_the_committed_ranks():
     shown = rows_of(said, r"[\d,]+ \| \d+ ")
     assert len(shown) >= 9
     assert set(shown) <= lines
+    peaks = [f"{row['peers']['xent_ext']['peak_bytes'] / 2**20:.2f}" for row in found["rows"][1:]]
+    assert f"The first two were measured, too: {' and '.join(peaks)} MiB" in " ".join(said.split())
+    assert all(peer["intact"] and peer["status"] != "wrong" for row in found["rows"] for peer in row["peers"].values())
 
 
 def test_the_readme_shows_the_committed_ranks():
