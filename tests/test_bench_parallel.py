@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_bench_commands import run_python
 from test_wrappers import distributed
 
 # bench/ is run from the checkout, not installed. Appended: what is installed still comes first.
@@ -104,12 +103,7 @@ def test_gpus_are_planned_for_without_one():
         "import json; from bench import parallel; parallel.PLANNED_RANKS = (2, 16); "
         "print(json.dumps(parallel.planned(64, 'bfloat16')))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run(
-        [sys.executable, "-c", command], env=environment, cwd=parallel.__file__.rpartition("bench")[0],
-        check=True, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    for row in json.loads(found.stdout):
+    for row in json.loads(run_python("-c", command).stdout):
         ours, gpu = row["plans"]["cpu"], row["plans"]["sm_90"]
         assert [gpu[key] for key in ("sent", "received")] == [ours[key] for key in ("sent", "received")]
         assert gpu["bytes_read"] >= 2 * gpu["logits_bytes"]  # no row stays on the chip until its summary is merged
