@@ -3,7 +3,6 @@
 As in bench/case.py, all that touches tensors is here, and runs in processes that do nothing else: one for each rank.
 """
 
-import datetime
 import functools
 import math
 import time
@@ -19,10 +18,9 @@ import xent_ext
 from . import machine
 from .case import LOGIT_SCALE, Truth, absence, verdict
 from .parallel_peers import ALONE, OURS, PEERS, SlicedCase
-from .workers import fresh_process
+from .workers import fresh_process, join_group
 
-PATIENCE = datetime.timedelta(seconds=120)  # with a rank that does not come: a call takes a few seconds at most
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+PATIENCE = 120  # seconds, with a rank that does not come: a call takes a few at most
 
 
 # The processes
@@ -45,23 +43,15 @@ def group(case: SlicedCase):
         everywhere(dist.destroy_process_group)
 
 
-_mesh = None  # of the group that this process is in
+_mesh = _device = None  # the group that this process is in, and what it computes on
 
 
 def join(case: SlicedCase, store: str, rank: int):
     """One thread, and on GPUs one of these, for each rank."""
-    global _mesh
+    global _mesh, _device
     torch.set_num_threads(1)
-    if case.device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        BACKENDS[case.device], init_method=f"file://{store}", rank=rank, world_size=case.ranks, timeout=PATIENCE
-    )
+    _device = join_group(case.device, rank, case.ranks, store, PATIENCE)
     _mesh = dist.device_mesh.init_device_mesh(case.device, (case.ranks,))
-
-
-def device_here(case: SlicedCase):
-    return torch.device("cuda", dist.get_rank()) if case.device == "cuda" else torch.device("cpu")
 
 
 # The inputs
@@ -69,13 +59,12 @@ def device_here(case: SlicedCase):
 
 def slice_of(case: SlicedCase, number: int):
     """This rank's slice of random logits, and the targets, which are the same on all; others for each number."""
-    device = device_here(case)
     first = number * (case.ranks + 1)  # seed of the targets; the ranks have the next ones
-    of_all = torch.Generator(device).manual_seed(first)
-    of_rank = torch.Generator(device).manual_seed(first + 1 + dist.get_rank())
-    logits = torch.empty(case.rows, case.columns, dtype=getattr(torch, case.dtype), device=device)
+    of_all = torch.Generator(_device).manual_seed(first)
+    of_rank = torch.Generator(_device).manual_seed(first + 1 + dist.get_rank())
+    logits = torch.empty(case.rows, case.columns, dtype=getattr(torch, case.dtype), device=_device)
     logits.normal_(std=LOGIT_SCALE, generator=of_rank)
-    return logits.requires_grad_(), torch.randint(case.shape[1], (case.rows,), device=device, generator=of_all)
+    return logits.requires_grad_(), torch.randint(case.shape[1], (case.rows,), device=_device, generator=of_all)
 
 
 # The check
@@ -163,8 +152,7 @@ def explained(case: SlicedCase) -> dict:
 
 def block(case: SlicedCase, name: str, number: int, calls: int) -> list[tuple[float, float]]:
     """Milliseconds of each call by the clock and of this process's CPU time; not of a first one, to warm up."""
-    device = device_here(case)
-    clock, call = machine.Clock(device), functools.partial(PEERS[name].load(), *slice_of(case, number), _mesh)
+    clock, call = machine.Clock(_device), functools.partial(PEERS[name].load(), *slice_of(case, number), _mesh)
     call()
     marks = []
     for _ in range(calls):
