@@ -9,13 +9,15 @@
     verify_parallel
                    a case with classes on two devices
     verify_plans   its measurements of plans
-    run, memory, traffic, overhead, linear, train, tune, cpu_sizes, kernels, compile, model, plot,
-    compare        the commands; *_report: what their results look like
+    run, memory, traffic, overhead, linear, parallel, train, tune, cpu_sizes, kernels, compile, model,
+    plot, compare  the commands; *_report: what their results look like
     peers/, peer   who is compared, and what an adapter says of an implementation
     shapes, tasks  what is measured: logits and layers, and models to train
     case, workers  the calls themselves, and the processes they run in
     linear_peers, linear_case
                    the same of the last layer with its loss
+    parallel_peers, parallel_case
+                   and of classes that several processes share
     machine        the machine, its clock and its memory
     report         tables, JSON, and the page of a folder's results
     search, candidate

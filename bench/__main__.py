@@ -12,6 +12,7 @@ COMMANDS = {
     "memory": "measure the peak memory of each implementation",
     "traffic": "what each implementation must move and hold, by a model that is checked against what it allocates",
     "linear": "time the last linear layer with its loss, and measure its peak memory",
+    "parallel": "time the loss of classes that several processes share, and what each holds and sends",
     "overhead": "what a call costs the CPU, whatever the size of the logits",
     "train": "train the same model with torch.nn.CrossEntropyLoss and with xent_ext.CrossEntropyLoss",
     "figures": "draw the pictures of the READMEs",

@@ -134,12 +134,8 @@ class Truth:
     EXPONENTIALS = 1e-5
 
     def __init__(self, logits, target):
-        exact = logits.detach().double().requires_grad_()
-        self.loss = F.cross_entropy(exact, target)
-        (self.gradient,) = torch.autograd.grad(self.loss, exact)
+        self.loss, self.gradient, largest = self.exact(logits.detach().double(), target)
         limits = torch.finfo(logits.dtype)
-        with torch.no_grad():
-            largest = (exact.logsumexp(1) - exact.amin(1)).max().item()  # of the log-probabilities, without their sign
         rounding = limits.eps * (largest / 2 + 1) + self.EXPONENTIALS
         underflow = limits.smallest_normal * limits.eps  # the smallest number above 0: float16 has few below 1e-5
         sizes = self.gradient.abs()
@@ -149,7 +145,14 @@ class Truth:
             "gradient, largest": rounding + underflow / sizes.max().item(),
         }
 
-    def errors(self, loss, gradient, factor) -> dict[str, float]:
+    def exact(self, logits, target):
+        """Loss, gradient, and the largest of the log-probabilities, without their sign."""
+        loss = F.cross_entropy(logits.requires_grad_(), target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        with torch.no_grad():
+            return loss, gradient, (logits.logsumexp(1) - logits.amin(1)).max().item()
+
+    def errors(self, loss, gradient, factor=1.0) -> dict[str, float]:
         """Relative errors: of the loss and, where there is a gradient, of its values' mean and of their largest."""
         found = {"loss": relative(loss.detach().double() - self.loss, self.loss, torch.mean)}
         if gradient is not None:

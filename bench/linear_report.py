@@ -60,23 +60,28 @@ def headline(row: dict) -> str:
 
 
 def figure(result: dict) -> Figure:
+    drawn = bars(result, "ms", lambda peer: peer.get("median_ms", 0), "MiB; the line: the gradients alone")
+    drawn.suptitle(f"The last layer with its loss, on {result['device']}")
+    return drawn
+
+
+def bars(result: dict, time_label: str, time, memory_label: str) -> Figure:
     """A row of two panels for each case: left the times, right the memory, with its floor."""
     rows = result["rows"]
     names = [[name for name, peer in row["peers"].items() if "peak_bytes" in peer] for row in rows]
     heights = [len(each) + 2 for each in names] or [1]
     drawn = Figure(figsize=(12, 1 + 0.3 * sum(heights)), layout="constrained")
-    drawn.suptitle(f"The last layer with its loss, on {result['device']}")
     drawn.supxlabel(one_line(result["machine"]), fontsize=6)
     axes = drawn.subplots(len(heights), 2, height_ratios=heights, sharey="row", squeeze=False)
     for (left, right), row, shown in zip(axes, rows, names, strict=False):
         peers = [row["peers"][name] for name in shown]
         colors = ["tab:green" if name == OURS else "tab:gray" for name in shown]
-        left.barh(shown, [peer.get("median_ms", 0) for peer in peers], color=colors)
-        left.set(xlabel="ms" if row is rows[-1] else "")
+        left.barh(shown, [time(peer) for peer in peers], color=colors)
+        left.set(xlabel=time_label if row is rows[-1] else "")
         left.set_title(case_name(row), fontsize=8, loc="left")
         right.barh(shown, [peer["peak_bytes"] / 2**20 for peer in peers], color=colors)
         right.axvline(row["floor_bytes"] / 2**20, color="black", linewidth=1)
-        right.set(xlabel="MiB; the line: the gradients alone" if row is rows[-1] else "")
+        right.set(xlabel=memory_label if row is rows[-1] else "")
         left.tick_params(labelsize=7)
         right.tick_params(labelsize=7)
         left.invert_yaxis()

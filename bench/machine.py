@@ -105,18 +105,23 @@ def _peak_on_gpu(work, device):
 
 def _peak_on_cpu(work, device):
     # The process's resident size would also count pages that the C allocator keeps, and miss those it reuses.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+    result, events = traced(work, profile_memory=True)
     changes = [event for event in events if event["name"] == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return result, peak
+
+
+def traced(work, **options):
+    """Call `work`; return its result and the events that torch.profiler saw on the CPU, which has more with options."""
+    with profile(activities=[ProfilerActivity.CPU], **options) as recorded:
+        result = work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        return result, json.loads(trace.read_text())["traceEvents"]
 
 
 def last_cache_bytes(device: torch.device) -> int:

@@ -85,6 +85,10 @@ def at_least_two(text: str) -> tuple[int, ...]:
     return sizes(text, "two or more", lambda count: count >= 2)
 
 
+def two(text: str) -> tuple[int, ...]:
+    return sizes(text, "two", lambda count: count == 2)
+
+
 def three(text: str) -> tuple[int, ...]:
     return sizes(text, "three", lambda count: count == 3)
 

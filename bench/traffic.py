@@ -113,11 +113,12 @@ def planned() -> list[dict]:
     return rows
 
 
-def plan(shape, dtype: str, device="cpu") -> dict:
+def plan(shape, dtype: str, device="cpu", **options) -> dict:
     logits = torch.empty(shape, dtype=getattr(torch, dtype), device=device, requires_grad=True)
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device=device)
-    traffic = xent_ext.explain(logits, target).traffic
-    return {
+    traffic = xent_ext.explain(logits, target, **options).traffic
+    sent = {"sent": traffic.sent, "received": traffic.received} if traffic.sent else {}
+    return sent | {
         "schedule": traffic.schedule,
         "numbers": traffic.numbers,
         "logits_bytes": logits.numel() * logits.element_size(),

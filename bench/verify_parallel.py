@@ -1,6 +1,5 @@
 """A case of `verify` whose classes are on two devices, each with a process of its own."""
 
-import datetime
 import functools
 import tempfile
 import time
@@ -14,17 +13,17 @@ import xent_ext
 from . import verify_calls as calls
 from .verify_cases import Case
 from .verify_errors import Found, LeftOut
+from .workers import GROUPS, join_group
 
 RANKS = 2
-BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 DEADLINE = 120  # seconds
 BY_CLASS = ("input", "weight")
 
 
 def class_parallel(case: Case, device, found: Found):
     """The loss, equal on both to the bit, and the gradients of both slices, beside those of one call of all classes."""
-    if not (dist.is_available() and dist.is_backend_available(BACKENDS[device.type])):
-        raise LeftOut(f"this PyTorch has no torch.distributed with {BACKENDS[device.type]}")
+    if not (dist.is_available() and dist.is_backend_available(GROUPS[device.type])):
+        raise LeftOut(f"this PyTorch has no torch.distributed with {GROUPS[device.type]}")
     given = calls.inputs(case, device)
     with tempfile.TemporaryDirectory() as folder:
         torch.save({name: values.cpu() for name, values in given.items()}, Path(folder) / "given")
@@ -54,16 +53,7 @@ def start_ranks(folder: str, case: Case, kind: str):
 
 
 def in_rank(rank: int, folder: str, case: Case, kind: str):
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        BACKENDS[kind],
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=DEADLINE / 2),
-    )
+    device = join_group(kind, rank, RANKS, f"{folder}/store", DEADLINE / 2)
     try:
         torch.save(in_group(rank, folder, case, device), Path(folder) / str(rank))
         dist.barrier()

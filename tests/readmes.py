@@ -1,6 +1,7 @@
 """The READMEs, and the code in them."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,12 @@ class Block(NamedTuple):
     where: str  # its file and the line of its fence
     language: str
     code: str
+
+    @property
+    def launched(self):
+        """The command in its first line that starts it in several processes, word by word; none where there is none."""
+        first = self.code.partition("\n")[0]
+        return shlex.split(first[1:]) if first.startswith("# torchrun ") else []
 
 
 def text(path):

@@ -97,6 +97,50 @@ def test_the_bench_shows_the_committed_layers():
     assert shown == [layer_line(row) for row in result("linear")["rows"]]
 
 
+RANKS_COMPARED = ("loss_parallel", "gathered", "xent_ext", "slice_alone")
+
+
+def rank_line(row, name):
+    """A row of the table of classes that ranks share."""
+    peer = row["peers"][name]
+    cpu, sent = peer["cpu"], sum(each["sent"] for each in peer["collectives"])
+    times = [f"{milliseconds:.0f}" for milliseconds in (cpu["least_ms"], cpu["median_ms"], peer["median_ms"])]
+    return joined(str(row["ranks"]), name, *times, mebibytes(peer), f"{sent / 2**20:.3f}")
+
+
+def planned_line(row):
+    """A row of the table of what is computed."""
+    plan, (rows, classes) = row["plans"]["cpu"], row["shape"]
+    summaries = row["ranks"] * plan["sent"]
+    sizes = [f"{size / 2**20:.2f}" for size in (plan["logits_bytes"], plan["peak_bytes"], summaries, plan["received"])]
+    walks = {f"{p['bytes_read'] / p['logits_bytes']:.2f}, {p['bytes_written'] / p['logits_bytes']:.2f}"
+             for p in row["plans"].values()}  # fmt: skip
+    return joined(f"{classes:,}", str(row["ranks"]), *sizes, f"{plan['sent'] / rows:g}", " or ".join(sorted(walks)))
+
+
+def test_the_bench_shows_the_committed_ranks():
+    found, said = result("parallel"), section(BENCH, "Classes on several devices")
+    lines = [rank_line(row, name) for row in found["rows"] for name in RANKS_COMPARED]
+    assert rows_of(said, r"\d+ \| \w+ ") == lines
+    lines = {planned_line(row) for row in found["planned"]}
+    shown = rows_of(said, r"[\d,]+ \| \d+ ")
+    assert len(shown) >= 9
+    assert set(shown) <= lines
+    peaks = [f"{row['peers']['xent_ext']['peak_bytes'] / 2**20:.2f}" for row in found["rows"][1:]]
+    assert f"The first two were measured, too: {' and '.join(peaks)} MiB" in " ".join(said.split())
+    assert all(peer["intact"] and peer["status"] != "wrong" for row in found["rows"] for peer in row["peers"].values())
+
+
+def test_the_readme_shows_the_committed_ranks():
+    (row,) = [row for row in result("parallel")["rows"] if row["ranks"] == 2]
+    ours, theirs = (row["peers"][name] for name in ("xent_ext", "loss_parallel"))
+    assert (
+        f"for {tuple(row['shape'])} in float32 each of two processes takes {ours['cpu']['least_ms']:.0f} ms of its CPU "
+        f"and {mebibytes(ours)} MiB, where `loss_parallel` takes {theirs['cpu']['least_ms']:.0f} and "
+        f"{mebibytes(theirs)}"
+    ) in " ".join(section(README, "Classes on several devices").split())
+
+
 def test_the_bench_shows_the_committed_training():
     training = result("lm")
     theirs, ours = (training["summary"][name] for name in ("torch.nn", "xent_ext"))

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import xent_ext
@@ -199,3 +200,41 @@ def test_held_by_the_plain_formula():
 
 def test_held_by_what_nobody_can_ask_beforehand():
     assert torch.func.vmap(lambda x: x + (xent_ext.explain(x, INDICES).held.bytes is None))(torch.zeros(2, 3, 5)).all()
+
+
+# --- Classes on several devices
+
+
+@pytest.fixture
+def four_ranks():
+    """A group of four, of which this process is the second, and nobody is there."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", rank=1, world_size=4, store=fake.FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, 4),
+        ({"weight": torch.ones(CLASSES)}, 5),
+        ({"return_stats": True}, 8),
+        ({"reduction": "none"}, 4),
+    ],
+    ids=["mean", "weight", "statistics", "none"],
+)
+def test_what_is_sent(calls, four_ranks, options, numbers):
+    """So many numbers of each row, to each of the others; the logits are read once more for their gradient."""
+    explanation = xent_ext.explain(**new_call(process_group=four_ranks, **options))
+    sent, traffic = 4 * numbers * ROWS, explanation.traffic
+    assert (traffic.sent, traffic.received) == (sent, 3 * sent)
+    said = f"collective      one all-gather: {sent:,} bytes sent to each rank, {3 * sent:,} received"
+    assert said in str(explanation).splitlines()
+    assert 2 * LOGITS <= traffic.bytes_read < 2.2 * LOGITS
+    assert explanation.held.bytes == (1 if "reduction" in options else 2) * LOGITS
+    assert not calls
+
+
+def test_nothing_is_said_of_a_collective_where_there_is_none(calls):
+    assert "collective" not in str(xent_ext.explain(**new_call()))

@@ -2,20 +2,26 @@
 
 import ast
 import doctest
+import functools
 import os
 import re
 import shlex
+import subprocess
+import sys
 from argparse import ArgumentParser
 
 import pytest
 import torch
 from readmes import READMES, ROOT, blocks, section, text
+from test_wrappers import distributed
 
 import xent_ext
 from bench.__main__ import COMMANDS
 from xent_ext import backends
 
 by_path = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+
+DEADLINE = 120  # seconds
 
 # Whatever the libraries want of the net is not wanted here. Read when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +33,10 @@ def auto(monkeypatch):
     monkeypatch.setattr(backends, "BACKEND", "auto")
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.where)
+by_block = functools.partial(pytest.mark.parametrize, "block", ids=lambda block: block.where)
+
+
+@by_block([block for block in blocks("python") if not block.launched])
 def test_python(block, tmp_path, monkeypatch):
     """Each block is whole in itself."""
     for module in re.findall(r"^import (\w+)", block.code, re.M):
@@ -37,6 +46,33 @@ def test_python(block, tmp_path, monkeypatch):
         exec(compile(block.code, block.where, "exec"), {"__name__": "__main__"})
     finally:
         xent_ext.uninstall()
+
+
+@distributed
+@by_block([block for block in blocks("python") if block.launched])
+def test_torchrun(block, tmp_path):
+    """Several processes print what one does, which has all classes without a group, but for rounding."""
+    command, *options, name = block.launched
+    assert (command, name) == ("torchrun", "example.py")
+    (tmp_path / name).write_text(block.code)
+    (tmp_path / "alone.py").write_text(re.sub(r", process_group=[\w.]+", "", block.code))
+    several, one = launched(options, tmp_path / name), launched(["--nproc_per_node=1"], tmp_path / "alone.py")
+    assert len(one) >= 2
+    assert several == pytest.approx(one, rel=1e-5)
+
+
+def launched(options, path):
+    """The numbers with a point that a program prints under torchrun; which has a deadline, as have its processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        printed, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.terminate()  # if it is there still: it ends its processes then
+        process.wait(DEADLINE)
+    assert process.returncode == 0, errors
+    return [float(number) for number in re.findall(r"\d+\.\d+", printed)]
 
 
 def test_examples_show_what_an_interpreter_shows():

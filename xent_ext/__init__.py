@@ -11,10 +11,12 @@ gradients              what both make gradients of
 expectation, ahead     for which upstream gradient, and how many, gradients are made ahead
 linear, linear_call, linear_autograd
                        the last layer with its loss: in chunks; a call, checked; autograd's Function, and operators
-sharded                shards of the batch, as `DTensor`
+parallel, summary, agreement
+                       classes on several devices: one all-gather; what is sent of a row; whether the ranks' calls fit
+sharded, sharded_layer shards of the batch and of the classes, as `DTensor`: of the logits, and of the last layer
 reference              the specification, in plain PyTorch
-cpu, cpu_plain, cpu_options
-                       the CPU implementation: its rows; PyTorch's options; options for training
+cpu, cpu_plain, cpu_options, cpu_slices
+                       the CPU implementation: its rows; PyTorch's options; options for training; slices of the classes
 cpu_own, memory        what PyTorch's own takes on a CPU, in float32; memory on a CPU
 plan, tuning, layout   launch numbers, and those of a file; tensors as (outer, inner, class)
 kernels                the Triton kernels: the folder kernels/ of a checkout

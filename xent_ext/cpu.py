@@ -93,11 +93,12 @@ def traffic(problem, tensors, want_gradient):
     gradient = input.numel() * input.element_size() if want_gradient else 0
     copies = 0 if x.data_ptr() == input.data_ptr() else logits
     dense = want_gradient and (problem.probabilities or problem.label_smoothing > 0)
-    buffers = dense + (not want_gradient or problem.reduction == "none" or input.dtype != acc or dense)
+    per_row, of_slice = problem.reduction == "none", problem.ranks > 0
+    buffers = dense + (not want_gradient or per_row or of_slice or input.dtype != acc or dense)
     buffers += (problem.softcap is not None) + ("entropy" in problem.stats)
     kept = buffers * block * layout.classes * acc.itemsize
     values = (2 + len(problem.stats)) * layout.rows * acc.itemsize
-    walks = 2 if want_gradient and problem.reduction == "none" else 1
+    walks = 2 if want_gradient and (per_row or of_slice) else 1
     return Traffic(
         schedule="blocks of rows",
         numbers={"rows": block, "blocks": -(-layout.rows // block)},

@@ -41,6 +41,10 @@ class Explanation:
                 f"bytes           {t.bytes_read:,} read, {t.bytes_written:,} written",
                 f"memory          {t.memory:,} bytes, the gradient included",
             ]
+            if t.sent:
+                lines.append(
+                    f"collective      one all-gather: {t.sent:,} bytes sent to each rank, {t.received:,} received"
+                )
         if self.held:
             count = "" if self.held.bytes is None else f"{self.held.bytes:,} bytes: "
             lines.append(f"held            {count}{self.held.what}")
@@ -63,7 +67,8 @@ def explain(
     Nothing is printed: in a script that is `print(xent_ext.explain(...))`.
 
     Takes the arguments of `xent_ext.cross_entropy` and raises its errors, but those for class indices out of range. Of
-    a `DTensor` it takes a shard; in a compiled graph calls may run otherwise (see `xent_ext.ops`).
+    a `DTensor` it takes a shard, and with a `process_group` this rank's slice, without a word to the others; in a
+    compiled graph calls may run otherwise (see `xent_ext.ops`).
     The numbers count a gradient if `input` requires one (and gradients are enabled); bytes are those of the tensors,
     each counted as often as a schedule walks over it. On a GPU whose clusters have not been used yet, long rows make
     this try them on a few rows, as the call itself would.
@@ -78,7 +83,7 @@ def explain(
     traffic = None
     if name in ("triton", "cpu"):
         want_gradient = torch.is_grad_enabled() and input.requires_grad
-        traffic = backends.implementation(name).traffic(problem, tensors, want_gradient)
+        traffic = backends.implementation_of(problem, tensors.input).traffic(problem, tensors, want_gradient)
     held = None if torch.compiler.is_compiling() else held_by(name, problem, tensors)
     return Explanation(name, reason, traffic, held)
 
@@ -86,7 +91,8 @@ def explain(
 def held_by(name, problem, tensors):
     """`Held`, by who takes the call."""
     if name in ("triton", "cpu"):
-        return autograd.Loss(backends.implementation(name), problem, tensors).held(tensors.input)
+        implementation = backends.implementation_of(problem, tensors.input)
+        return autograd.Loss(implementation, problem, tensors).held(tensors.input)
     return held_by_operators(name, problem, tensors)
 
 
