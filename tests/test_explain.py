@@ -229,7 +229,7 @@ def test_what_is_sent(calls, four_ranks, options, numbers):
     explanation = xent_ext.explain(**new_call(process_group=four_ranks, **options))
     sent, traffic = 4 * numbers * ROWS, explanation.traffic
     assert (traffic.sent, traffic.received) == (sent, 3 * sent)
-    said = f"collective      one all-gather: {sent:,} bytes sent to each rank, {3 * sent:,} received"
+    said = f"collective      summaries gathered: {sent:,} bytes sent to each rank, {3 * sent:,} received"
     assert said in str(explanation).splitlines()
     assert 2 * LOGITS <= traffic.bytes_read < 2.2 * LOGITS
     assert explanation.held.bytes == (1 if "reduction" in options else 2) * LOGITS

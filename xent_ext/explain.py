@@ -43,7 +43,7 @@ class Explanation:
             ]
             if t.sent:
                 lines.append(
-                    f"collective      one all-gather: {t.sent:,} bytes sent to each rank, {t.received:,} received"
+                    f"collective      summaries gathered: {t.sent:,} bytes sent to each rank, {t.received:,} received"
                 )
         if self.held:
             count = "" if self.held.bytes is None else f"{self.held.bytes:,} bytes: "

@@ -442,10 +442,11 @@ def traffic(call, tensors, layer):
     casts = sum(each.numel() * item for each in layer if each is not None and each.dtype != call.dtype)
     if needed.weight and total != layer.weight.element_size():
         casts += classes * features * total
-    return plan.Traffic(
+    found = plan.Traffic(
         schedule="chunks of rows",
         numbers={"rows": step, "chunks": chunks, "products": forwards + bool(needed.input) + bool(needed.weight)},
         bytes_read=read,
         bytes_written=written,
         memory=made + casts + step * classes * item,
     )
+    return parallel.with_collective(found, call.problem, tensors, rows) if call.problem.ranks else found

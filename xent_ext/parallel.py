@@ -223,9 +223,12 @@ def traffic(problem, tensors, want_gradient):
     """What a call moves and allocates, forward and backward, without running it."""
     setup = setup_for(problem, tensors, Wanted(want_gradient))
     found = backends.implementation_for(tensors.input).traffic(setup.local.problem, tensors, want_gradient)
-    rows = math.prod(batch_shape(visible(problem, tensors.input).shape))
-    fields = len(fields_of(setup.local.problem, tensors.weight is not None))
-    mine = rows * fields * accumulation_dtype(problem.dtype).itemsize
+    return with_collective(found, problem, tensors, math.prod(batch_shape(visible(problem, tensors.input).shape)))
+
+
+def with_collective(traffic, problem, tensors, rows):
+    """`Traffic` with what is sent of so many rows, and held of what all ranks sent."""
+    mine = rows * len(fields_of(problem, tensors.weight is not None)) * accumulation_dtype(problem.dtype).itemsize
     return dataclasses.replace(
-        found, sent=mine, received=(problem.ranks - 1) * mine, memory=found.memory + problem.ranks * mine
+        traffic, sent=mine, received=(problem.ranks - 1) * mine, memory=traffic.memory + problem.ranks * mine
     )
