@@ -274,3 +274,13 @@ def test_schedules_read_and_write_what_the_kernels_do():
         assert (round(read, 9), round(written, 9)) == ((1 if name == "resident" else 2), 1)
         in_forward = 1 if name == "gradient" else 0
         assert table[f"`{name}`"].startswith(f"{read - in_forward:.0f} + {written:.0f}")
+
+
+def test_readme_says_what_a_first_step_compiles():
+    rows = result("compile")["rows"]
+    kernels, seconds = [len(row["compiled"]) for row in rows], [row["seconds"] for row in rows]
+    counts, times = f"{min(kernels)} to {max(kernels)}", f"{min(seconds):.1f} to {max(seconds):.1f}"
+    said = f"compiles {counts} kernels, in {times} s of one core"
+    assert said in text(README)
+    assert {f"{row['seconds_cached']:.1f}" for row in rows} == {"0.4"}
+    assert not any(row["compiled_twice"] for row in rows)
