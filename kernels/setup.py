@@ -28,7 +28,8 @@ class Setup:
         self.problem, self.wanted = problem, wanted
         self.launches = launches = Launches(problem, signatures, device, schedule, planned)
         self.plan, self.layout, self.acc, self.per_row = launches.plan, launches.layout, launches.acc, launches.per_row
-        (shape, _, _, self.device, _), *_ = signatures
+        tensors = Tensors(*signatures)
+        shape, _, _, self.device, _ = tensors.input
         self.gpu = self.device.index if self.device.type == "cuda" else None
         self.batch = batch_shape(visible(problem, torch.empty(shape, device="meta")).shape)
         self.x_strides, self.g_strides, self.q_strides = self.layout.strides
@@ -37,8 +38,7 @@ class Setup:
         self.slice = (problem.class_start, problem.num_classes) if problem.ranks else (None, None)
         self.numbers = self.layout.inner, self.layout.row_outer, self.layout.row_inner
         self.has_options = problem.label_smoothing > 0 or any(
-            signature is not None or getattr(problem, name) != getattr(Problem, name)
-            for name, signature in zip(NUMBERS, signatures[-len(NUMBERS) :], strict=True)
+            getattr(tensors, name) is not None or getattr(problem, name) != getattr(Problem, name) for name in NUMBERS
         )
         # Whether the kernels read the tensors as they are.
         self.reads_all = not problem.is_partial and not any(launches.copied)
@@ -46,7 +46,7 @@ class Setup:
         # Whether the forward pass leaves a summary of each row: split rows have their loss from it, too.
         self.summarised = self.plan.splits > 1 or (wanted.gradient and self.plan.schedule != "resident")
         # How many of `Kept`'s first fields there can be.
-        can_be = True, wanted.slope, wanted.losses, launches.count or signatures[4], self.summarised
+        can_be = True, wanted.slope, wanted.losses, launches.count or tensors.normalizer, self.summarised
         self.keeps = max(place for place, there in enumerate(can_be, 1) if there)
         self.only_loss = not (problem.stats or wanted.losses)
         # One number for each row or tile, or the loss itself. (`empty_like` is the quickest way to memory.)

@@ -321,10 +321,12 @@ def test_errors(fused, device, target, options, error):
 
 
 def opcheck(input, target, weight, reduction, options=None, **which):
+    arguments = Arguments(input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1)
+    opcheck_operators(*prepare(arguments, options), **which)
+
+
+def opcheck_operators(problem, tensors, **which):
     """Check both operators: with gradients for all that require one, from the loss and from all statistics."""
-    problem, tensors = prepare(
-        Arguments(input.requires_grad_(), target, weight, None, -100, None, reduction, 0.1), options
-    )
     arguments = ops.arguments(problem, tensors)
     torch.library.opcheck(torch.ops.xent_ext.forward.default, arguments, **which)
     needed = [tensor is not None and tensor.requires_grad for tensor in tensors]

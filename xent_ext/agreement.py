@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from .layout import batch_shape, class_axis, visible
+from .problem import NUMBERS
 
 WRONG = (IndexError, RuntimeError, TypeError, ValueError)
 
@@ -72,7 +73,7 @@ def told(problem, tensors):
         facts["dtype of target"] = tensors.target.dtype
     else:
         facts["target"] = contents(tensors.target)
-    for name in ("weight", "normalizer", "logit_scale", "sample_weight"):
+    for name in ("weight", "normalizer", "sample_weight", *NUMBERS):
         tensor = getattr(tensors, name)
         facts[name] = None if tensor is None else "given" if name == "weight" else contents(tensor)
     return Told(facts, problem.class_start, logits.shape[class_axis(logits.shape)])

@@ -29,10 +29,11 @@ from typing import NamedTuple
 import torch
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 
-from . import ops, parallel
+from . import ops
 from .ahead import ahead_on
 from .expectation import expectation_of, shared_expectation
 from .gradients import (
+    OF_FORMULA,
     check_version,
     differentiable_gradients,
     flat,
@@ -43,8 +44,6 @@ from .gradients import (
     wanted,
 )
 from .problem import Kept, Tensors, Wanted
-
-OF_FORMULA = "for create_graph=True or batched gradients"  # which the plain formula has
 
 
 class Held(NamedTuple):
@@ -158,8 +157,6 @@ class CrossEntropy(torch.autograd.Function):
             refuse(plain, upstream, overwritten)
             check_version(overwritten, ctx.version)
         if plain:
-            if problem.ranks:
-                raise NotImplementedError(f"classes of several ranks have no gradient {OF_FORMULA}")
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiable_gradients(problem, tensors, needed, upstream)
         if stats or loss.is_neg() or loss._is_zerotensor():
@@ -214,8 +211,7 @@ def gradients(problem, tensors, needed, gradient, slope, kept, upstream):
     """The gradients of all tensors, as `Tensors`."""
     weight = None
     if needed.sample_weight and upstream.loss is not None:
-        weights = parallel.row_weights(problem, tensors, kept.summary, kept.losses.shape) if problem.ranks else None
-        weight = sample_weight_gradient(problem, tensors, kept.losses, upstream.loss, weights)
+        weight = sample_weight_gradient(problem, tensors, kept.losses, upstream.loss, kept.summary)
     return Tensors(
         gradient if needed.input else None,
         None,
@@ -230,7 +226,8 @@ def gradients_in_graph(ctx, upstream):
     problem, needed = call.problem, Tensors(*ctx.needs_input_grad[2:])
     tensors, kept = ctx.saved_tensors[: call.given], Kept(None, *ctx.saved_tensors[call.given + 1 :])
     if not problem.inplace:
-        return ops.gradients(ops.arguments(problem, Tensors(*tensors)), needed, upstream)[: call.given]
+        given = Tensors(*tensors)._replace(gathered=kept.summary if problem.ranks else None)
+        return ops.gradients(ops.arguments(problem, given), needed, upstream)[: call.given]
     refuse(False, upstream, overwritten)
     factor = upstream.loss.to(expected.dtype) / expected[0]
     gradient = torch.ops.xent_ext.rescaled(overwritten, ctx.version, factor)

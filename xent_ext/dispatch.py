@@ -3,7 +3,7 @@
     logits on                     implementation
     CUDA or ROCm GPU              Triton kernels (`xent_ext.kernels`)
     CPU                           `xent_ext.cpu`; PyTorch's own where that is faster, see `xent_ext.cpu_own`, and in
-                                  compiled graphs
+                                  compiled graphs, but for classes that other ranks have the rest of
     anything else, and whatever   PyTorch's own `torch.nn.functional.cross_entropy`; with options for training the
     the implementations don't do  plain formula, `xent_ext.reference`
 
@@ -308,7 +308,7 @@ def rows_of(problem, tensors):
 def supported_route(tensors, problem, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     name, reason = implementation_of(tensors, rows_of(problem, tensors) if problem.ranks else tensors.input.numel())
-    if name == "cpu" and (torch.compiler.is_compiling() or not with_options):
+    if name == "cpu" and not problem.ranks and (torch.compiler.is_compiling() or not with_options):
         if is_small(tensors.input, tensors.target, problem.reduction, problem.label_smoothing):
             what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
             return "torch", f"PyTorch's own is as fast for {what} on a CPU"

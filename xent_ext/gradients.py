@@ -6,9 +6,11 @@ import torch
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import backends, reference
+from . import backends, parallel, reference
 from .problem import Kept, Tensors, Upstream, Wanted
 from .reference import accumulation_dtype
+
+OF_FORMULA = "for create_graph=True or batched gradients"  # which the plain formula has
 
 
 def wanted(needed):
@@ -59,34 +61,44 @@ def must_be_plain(upstream):
     return torch.is_grad_enabled() or is_batched(upstream)
 
 
+def forward_pass(problem, tensors, wanted, expected):
+    """The setup for a call, with what its forward pass finds: where there are other ranks, from `gathered`."""
+    setup = backends.implementation_of(problem, tensors.input).setup_for(problem, tensors, wanted)
+    gathered, tensors = tensors.gathered, tensors._replace(gathered=None)
+    found = setup.finish(tensors, gathered, expected) if problem.ranks else setup.forward(tensors, expected)
+    loss, stats, kept = found
+    return setup, loss, stats, Kept(*kept)
+
+
 def made_for(upstream, problem, tensors, wanted):
     """`Kept` of the forward pass, with gradient and slope for these upstream gradients."""
-    setup_for = backends.implementation_for(tensors.input).setup_for
     if upstream.has_stats() and wanted.gradient:
-        setup = setup_for(problem, tensors, wanted)
-        _, _, kept = setup.forward(tensors, None)
-        kept = Kept(*kept)
+        setup, _, _, kept = forward_pass(problem, tensors, wanted, None)
         gradient, slope, _ = setup.backward(tensors, kept, upstream, None)
         return kept._replace(gradient=gradient, slope=slope)
     # A forward that expects this upstream gradient makes normaliser and gradient in one pass.
-    problem, expected = dataclasses.replace(problem, stats=()), upstream.loss.to(accumulation_dtype(problem.dtype))
+    expected = upstream.loss.to(accumulation_dtype(problem.dtype))
+    if not problem.ranks:  # whose statistics are in what was gathered
+        problem = dataclasses.replace(problem, stats=())
     if problem.reduction == "none":
         # The gradient of row losses with an upstream gradient each is that of their sum, weighted by these.
         factor = expected if tensors.sample_weight is None else expected * tensors.sample_weight
         problem, tensors = dataclasses.replace(problem, reduction="sum"), tensors._replace(sample_weight=factor)
         expected = expected.new_ones(())
     expected = torch.stack((expected, torch.zeros_like(expected)))
-    _, _, kept = setup_for(problem, tensors, wanted).forward(tensors, expected)
-    return Kept(*kept)
+    return forward_pass(problem, tensors, wanted, expected)[-1]
 
 
-def sample_weight_gradient(problem, tensors, losses, upstream, weights=None):
+def sample_weight_gradient(problem, tensors, losses, upstream, gathered=None):
     """The row losses times `upstream`; over the normaliser for a mean, less what they add to that.
 
-    `weights` are the row weights and which rows count, if they are known.
+    `gathered` are the summaries of all ranks, where there are others.
     """
     f, upstream = tensors.sample_weight, upstream.to(losses.dtype)
-    weights, counted = weights or reference.row_weights(problem, tensors, losses)
+    if problem.ranks:
+        weights, counted = parallel.row_weights(problem, tensors, gathered, losses.shape)
+    else:
+        weights, counted = reference.row_weights(problem, tensors, losses)
     if problem.reduction == "mean":
         normalizer = tensors.normalizer
         if normalizer is None:
@@ -101,6 +113,8 @@ def sample_weight_gradient(problem, tensors, losses, upstream, weights=None):
 
 def differentiable_gradients(problem, tensors, needed, upstream):
     """The gradients of a loss that are needed, None for the others, by the plain formula."""
+    if problem.ranks:
+        raise NotImplementedError(f"classes of several ranks have no gradient {OF_FORMULA}")
     return by_formula(problem, lambda *given: reference.compute(problem, Tensors(*given)), tensors, needed, upstream)
 
 

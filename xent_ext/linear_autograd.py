@@ -20,9 +20,9 @@ from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_te
 
 from . import linear, ops, parallel, reference
 from .ahead import MOST_AHEAD, ahead_on
-from .autograd import OF_FORMULA, divisor
+from .autograd import divisor
 from .expectation import Expectation, expectation_of, first_expected
-from .gradients import by_formula, flat, must_be_plain, resolved, sample_weight_gradient, upstream_of
+from .gradients import OF_FORMULA, by_formula, flat, must_be_plain, resolved, sample_weight_gradient, upstream_of
 from .layout import classes_here
 from .linear import Call, Gradients, Made
 from .problem import Layer, Tensors, Upstream
@@ -118,9 +118,7 @@ def gradients(call, tensors, layer, made, upstream, expected, in_graph):
         factor = upstream.loss.to(expected.dtype) / expected[0]
         found = made.gradients.each(times, factor) if in_graph else multiplied(made.gradients, factor)
     if call.needed.sample_weight and upstream.loss is not None:
-        shape = made.losses.shape
-        weights = parallel.row_weights(problem, tensors, made.summary, shape) if problem.ranks else None
-        weight = sample_weight_gradient(problem, tensors, made.losses, upstream.loss, weights)
+        weight = sample_weight_gradient(problem, tensors, made.losses, upstream.loss, made.summary)
         found = found._replace(sample_weight=weight)
     if problem.ranks and found.input is not None:  # to which the classes of all ranks add
         sum_up = parallel.sum_over_ranks if in_graph else parallel.sum_over_ranks_

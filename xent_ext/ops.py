@@ -2,12 +2,16 @@
 
     forward     the loss, and a list of the statistics that are asked for
     backward    a list of the gradients that are needed; for that of `sample_weight` the row losses, of which it is made
+    summary     that of each row, where other ranks have more of its classes (see `xent_ext.parallel`)
     rescaled    the gradient of a call with `inplace` that was made outside graphs, for compiled autograd
 
 A compiler settles before anything runs which operator owns which memory. It can't be told that the gradient made in the
 forward pass is the one to hand over if, and only if, the upstream gradient turns out to be the one that was expected.
 So here `backward` makes the gradient, for whatever upstream gradient comes, and only the logits are kept until then.
 Nor is anything done in place: with `inplace`, too, the logits stay what they are.
+
+Between `summary` and `forward` a graph has the collective itself, which a compiler can let overlap with other work.
+What it gathers goes to `forward` as one more tensor, without a gradient, and is kept for `backward`.
 
 The fake kernels say which shapes come out, and look at no size: a graph holds for every batch size.
 """
@@ -17,11 +21,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import agreement, backends, checks, parallel
 from .gradients import (
     check_version,
     differentiable_gradients,
     flat,
+    forward_pass,
     made_for,
     must_be_plain,
     sample_weight_gradient,
@@ -32,7 +37,7 @@ from .layout import batch_shape, gradient_stride, visible
 from .problem import NUMBERS, Problem, Tensors, Upstream, Wanted, scalar
 from .reference import accumulation_dtype, stat_dtype
 
-_TYPES: dict = {bool: "bool", str: "str", int: "int", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
+_TYPES: dict = {bool: "bool", str: "str", int: "SymInt", float: "float", torch.dtype: "ScalarType", tuple: "str[]"}
 _TYPES |= {Tensor: "Tensor", Tensor | None: "Tensor?"}
 OPTIONS = {
     field.name: field.type for field in dataclasses.fields(Problem) if field.name not in (*Tensors._fields, "inplace")
@@ -45,7 +50,13 @@ CALL, UPSTREAM = (
 
 def loss(problem, tensors):
     """The loss in a graph, and a list of statistics."""
-    return torch.ops.xent_ext.forward(*arguments(problem, tensors))
+    given = arguments(problem, tensors)
+    if problem.ranks:
+        with torch.no_grad():
+            started = parallel.start_gathering(torch.ops.xent_ext.summary(*given), problem)
+            gathered = parallel.wait_for(started, problem)
+        given = arguments(problem, tensors._replace(gathered=gathered))
+    return torch.ops.xent_ext.forward(*given)
 
 
 def arguments(problem, tensors):
@@ -65,13 +76,25 @@ def call(arguments):
     return Problem(**{**options, "stats": tuple(options["stats"])}), Tensors(*arguments[:count])
 
 
+@torch.library.custom_op("xent_ext::summary", mutates_args=(), schema=f"({CALL}) -> Tensor")
+def summary(*arguments):
+    problem, tensors = call(arguments)
+    if backends.CHECK:
+        agreement.check(parallel.group_of(problem), call, arguments)
+    return parallel.setup_for(problem, tensors, Wanted()).summary(tensors)
+
+
+@summary.register_fake
+def _(*arguments):
+    return parallel.new_summary(*call(arguments))
+
+
 @torch.library.custom_op("xent_ext::forward", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor[])")
 def forward(*arguments):
     problem, tensors = call(arguments)
     if backends.CHECK:
         checks.bad_class(problem, tensors)
-    setup = backends.implementation_for(tensors.input).setup_for(problem, tensors, Wanted())
-    loss, stats, _ = setup.forward(tensors, None)
+    _, loss, stats, _ = forward_pass(problem, tensors, Wanted(), None)
     return loss, [stat.clone() for stat in stats]  # what an operator returns must not share memory
 
 
@@ -153,7 +176,7 @@ def gradients(inputs, needed, upstream):
     found = iter(torch.ops.xent_ext.backward(*upstream, *inputs, list(needed)))
     found = Tensors(*(next(found) if need else None for need in needed))
     if needed.sample_weight:
-        weight = sample_weight_gradient(problem, tensors, found.sample_weight, upstream.loss)
+        weight = sample_weight_gradient(problem, tensors, found.sample_weight, upstream.loss, tensors.gathered)
         found = found._replace(sample_weight=weight)
     return found
 

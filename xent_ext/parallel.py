@@ -74,6 +74,13 @@ def is_needed(name, stats):
     return name == "predicted" and "correct" in stats
 
 
+def new_summary(problem, tensors):
+    """Memory for the summary of each row, (fields, rows)."""
+    fields = fields_of(problem, tensors.weight is not None)
+    rows = math.prod(batch_shape(visible(problem, tensors.input).shape))
+    return torch.empty(len(fields), rows, dtype=accumulation_dtype(problem.dtype), device=tensors.input.device)
+
+
 class Setup(NamedTuple):
     """The two passes of all calls that are alike."""
 
@@ -87,10 +94,9 @@ class Setup(NamedTuple):
 
     def summary(self, tensors):
         """That of each row of this slice, (fields, rows)."""
-        problem = self.local.problem
+        problem = self.problem
         fields, base = fields_of(problem, tensors.weight is not None), len(base_of(problem))
-        rows = math.prod(batch_shape(visible(problem, tensors.input).shape))
-        packed = torch.empty(len(fields), rows, dtype=accumulation_dtype(problem.dtype), device=tensors.input.device)
+        packed = new_summary(problem, tensors)
         self.local.summarise(self.given(tensors), packed[:base])
         if "weight" in fields:
             packed[base].copy_(weights_here(problem, tensors))
@@ -206,6 +212,11 @@ def sum_over_ranks(tensor, problem):
 def sum_over_ranks_(tensor, problem):
     """The same in its place."""
     return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce_(tensor, "sum", problem.group))
+
+
+def group_of(problem):
+    """The process group of the ranks that share the classes."""
+    return dist.distributed_c10d._resolve_process_group(problem.group)
 
 
 def start_gathering(packed, problem):

@@ -46,6 +46,7 @@ class Tensors(NamedTuple):
     logit_scale: Tensor | None = None  # 0-dim
     softcap: Tensor | None = None  # 0-dim, as is z_loss: in compiled graphs
     z_loss: Tensor | None = None
+    gathered: Tensor | None = None  # the summaries of all ranks: in compiled graphs, once they are there
 
 
 class Layer(NamedTuple):

@@ -4,8 +4,8 @@ Imported when there are any.
 """
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import parallel, reference
 from .backends import RECENT
@@ -86,9 +86,11 @@ class Shards:
         """Which of the classes are here, as options."""
         if self.classes is None:
             return {}
-        _, (start,) = compute_local_shape_and_global_offset((classes,), self.mesh, self.by_class)
+        group = self.mesh.get_group(self.classes)
+        # As `torch.chunk` has them. What DTensor says of offsets is no number in a graph.
+        start = min(dist.get_rank(group) * -(-classes // dist.get_world_size(group)), classes)
         classes = self.options_given.num_classes or classes
-        return {"process_group": self.mesh.get_group(self.classes), "class_start": start, "num_classes": classes}
+        return {"process_group": group, "class_start": start, "num_classes": classes}
 
     def placed(self, value, placements, of_gradient=None):
         """What is here of a tensor in these placements; a plain one is the same everywhere."""

@@ -29,6 +29,7 @@ def fields_of(problem, has_weight):
     fields = base_of(problem)
     if has_weight and not problem.probabilities:
         fields += ("weight",)
-    if problem.probabilities and "predicted" in problem.stats:
+    # An implementation is asked for the class that is predicted even where only `correct` is wanted.
+    if problem.probabilities and not {"predicted", "correct"}.isdisjoint(problem.stats):
         fields += ("most", "true")
     return fields
