@@ -48,7 +48,7 @@ def in_group(rank, processes, path, function, args):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     backends.BACKEND, dispatch.is_small = "auto", lambda *_: False
-    store, timeout = f"file://{path}/store", datetime.timedelta(seconds=20)
+    store, timeout = f"file://{path}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes, timeout=timeout)
     try:
         torch.save(function(rank, *args), path / str(rank))
@@ -408,7 +408,7 @@ def are_the_same_on_all_ranks(found):
 
 def one_rank_raises(rank):
     """Without the check: a rank that raises before it sends anything leaves the other to the group's timeout."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
     start = time.monotonic()
     args = {"input": torch.zeros(5, 10), "target": torch.zeros(5 + rank, dtype=torch.int64), "process_group": group}
     message = message_of(xent_ext.cross_entropy, args)
@@ -421,7 +421,7 @@ def is_not_waited_for_beyond_the_timeout(found):
     (first, waited, after), (second, _, after_second) = found
     assert second.startswith("ValueError: Expected input batch_size")
     assert first.startswith(("RuntimeError", "DistBackendError"))
-    assert waited < 15
+    assert waited < 30
     assert after == after_second == "nothing"
 
 
