@@ -100,7 +100,8 @@ def check(args, sizes, tolerance=None, **which):
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
 def test_each_option(implementation, request, options, probabilities):
     request.getfixturevalue(implementation)
-    for sizes, (reduction, smoothing) in zip(SIZES[1:], (("mean", 0.0), ("none", 0.2), ("sum", 0.1)), strict=True):
+    ways = list(zip(SIZES[1:], (("mean", 0.0), ("none", 0.2), ("sum", 0.1)), strict=True))
+    for sizes, (reduction, smoothing) in ways[probabilities::2]:
         options = allowed({**options, "reduction": reduction, "label_smoothing": smoothing})
         check(call((4, 23), probabilities=probabilities, **options), sizes)
 
@@ -126,7 +127,7 @@ def test_slices_without_logits_above_minus_infinity(implementation, request):
     x[3, 10:] += 1e3
     target[:] = torch.tensor([12, 3, 2, 11, 4, 20])
     args["input"] = x.requires_grad_()
-    for sizes in SIZES:
+    for sizes in SIZES[1:3]:
         check(args, sizes)
     target[0] = 5
     loss = in_slices({**args, "reduction": "none"}, (10, 13))["loss"]
@@ -183,7 +184,7 @@ def test_no_further_from_the_truth_than_one_process(implementation, request, dty
     """Confident and uniform rows, with large offsets; in float32 but for the sums."""
     request.getfixturevalue(implementation)
     for seed, spread, offset in ((0, 1.0, 0.0), (1, 12.0, 50.0)):
-        x, target, _ = make((20, 131), dtype, spread=spread, ignored=0.1, seed=seed)
+        x, target, _ = make((8, 131), dtype, spread=spread, ignored=0.1, seed=seed)
         x = (x + offset).requires_grad_()
         args = {"input": x, "target": target, "reduction": "sum", "label_smoothing": 0.1}
         true = outcome(plain, {**args, "input": x.detach().double().requires_grad_()})

@@ -307,7 +307,7 @@ def rows_of(problem, tensors):
 
 def supported_route(tensors, problem, with_options):
     """`route`, with "torch" for all that no implementation takes."""
-    name, reason = implementation_of(tensors, rows_of(problem, tensors) if problem.ranks else tensors.input.numel())
+    name, reason = implementation_of(tensors, rows_of(problem, tensors) > 0 if problem.ranks else has_elements(tensors))
     if name == "cpu" and not problem.ranks and (torch.compiler.is_compiling() or not with_options):
         if is_small(tensors.input, tensors.target, problem.reduction, problem.label_smoothing):
             what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
@@ -315,15 +315,20 @@ def supported_route(tensors, problem, with_options):
     return name, reason
 
 
-def implementation_of(tensors, size):
+def has_elements(tensors):
+    """Whether there is a logit, and a target."""
+    return tensors.input.numel() > 0 and tensors.target.numel() > 0
+
+
+def implementation_of(tensors, has_work):
     """(name of the implementation for these tensors, or "torch" where there is none; why), whatever their size.
 
-    The first three are input, target and weight. A `size` of 0 is nothing to compute.
+    The first three are input, target and weight. `has_work` says whether there is anything to compute.
     """
     input = tensors[0]
     if backends.BACKEND == "torch":
         return "torch", "XENT_EXT_BACKEND=torch"
-    if reason := unsupported(tensors, size):
+    if reason := unsupported(tensors, has_work):
         return "torch", reason
     if input.is_cuda or (input.is_cpu and backends.BACKEND == "triton"):
         if not HAS_TRITON:
@@ -334,7 +339,7 @@ def implementation_of(tensors, size):
     return "cpu", "the logits are on a CPU"
 
 
-def unsupported(tensors, size):
+def unsupported(tensors, has_work):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
     traced = torch.compiler.is_compiling()  # an operator gets neither negative views nor zeros without memory
     _, target, weight = tensors[:3]
@@ -351,7 +356,7 @@ def unsupported(tensors, size):
             return "zeros without memory"
         if tensor.dtype not in DTYPES and (tensor is not target or tensor.is_floating_point()):
             return f"dtype {tensor.dtype}"
-    if size == 0:
+    if not has_work:
         return "nothing to compute"
     if torch.is_grad_enabled():
         for name, tensor in (("target", target), ("weight", weight)):

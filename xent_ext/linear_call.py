@@ -144,7 +144,8 @@ class Rows:
         """(name of the implementation of the loss, or "torch" where the layer and the loss are apart; why)."""
         if not self.tensors.input.shape[-1]:
             return "torch", "the layer has no inputs"
-        name, reason = dispatch.implementation_of((*self.tensors, *self.layer), self.tensors.input.numel())
+        has_work = self.tensors.input.numel() > 0  # a slice of the classes may have no probabilities
+        name, reason = dispatch.implementation_of((*self.tensors, *self.layer), has_work)
         if self.call.problem.ranks:
             dispatch.refuse_without_fused(name, reason)
         elif name != "torch" and self.is_small():
