@@ -12,7 +12,7 @@ from parity import class_axis, make
 from test_options import ALONE, DIFFERENTIABLE, allowed, call, flat, outcome, plain
 
 import xent_ext
-from xent_ext import parallel
+from xent_ext import checks, parallel
 from xent_ext.call import Arguments, Options, prepare, statistics
 from xent_ext.problem import Kept, Upstream, Wanted
 
@@ -194,6 +194,39 @@ def test_no_further_from_the_truth_than_one_process(implementation, request, dty
             error, of_one = ((found.double() - true[name]).abs().max().item() for found in (value, one[name]))
             rounding = torch.finfo(value.dtype).eps * true[name].abs().max().item()
             assert error <= 2 * of_one + rounding, name
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A group of one rank, which needs no process of its own: what is gathered is what is there."""
+    monkeypatch.setattr(checks, "_check_slice", lambda options: None)
+    monkeypatch.setattr(parallel, "slice_of", lambda options, columns: parallel.Slice(columns, 0, "of one", 1, 0))
+    monkeypatch.setattr(parallel, "start_gathering", lambda packed, problem: packed)
+    monkeypatch.setattr(parallel, "wait_for", lambda packed, problem: packed.unsqueeze(0))
+    monkeypatch.setattr(parallel, "sum_over_ranks", lambda tensor, problem: tensor)
+    monkeypatch.setattr(parallel, "sum_over_ranks_", lambda tensor, problem: tensor)
+
+
+@both
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_stats": True}], ids=str)
+def test_chunks_of_the_layer_go_on_from_their_summaries(implementation, request, one_rank, options, ignored):
+    """Made ahead, and in backward from the summaries that the forward pass kept."""
+    request.getfixturevalue(implementation)
+    torch.manual_seed(0)
+    target = torch.randint(23, (8,))
+    if ignored:
+        target[2] = -100
+    args = {
+        "input": torch.randn(8, 6, dtype=torch.float64, requires_grad=True),
+        "linear_weight": torch.randn(23, 6, dtype=torch.float64, requires_grad=True),
+        "target": target,
+        "chunk_rows": 3,
+        **options,
+    }
+    ours = outcome(xent_ext.linear_cross_entropy, {**args, "process_group": "of one"})
+    for name, value in outcome(xent_ext.linear_cross_entropy, args).items():
+        torch.testing.assert_close(ours[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- Padded classes

@@ -143,16 +143,13 @@ def backward(call, tensors, layer, upstream, summary):
     if call.problem.ranks:
         tensors = parallel.with_normalizer(call.problem, tensors, summary, tensors.target.shape[:1])
     walk = Walk(call, tensors, layer)
-    sums = Sums(walk)
-    problem, wanted = (
-        walk.problem_of_chunk(inplace=call.problem.ranks or not upstream.has_stats()),
-        call.wanted._replace(losses=False),
-    )
+    sums, wanted = Sums(walk), call.wanted._replace(losses=False)
+    problem = walk.problem_of_chunk(inplace=call.problem.ranks > 0 or not upstream.has_stats())
     for chunk in walk.chunks():
         here = upstream._make([chunk.of_rows(up) for up in upstream])
         if call.problem.ranks:
-            kept = Kept(normalizer=chunk.tensors.normalizer, summary=summary[..., chunk.rows])
             setup = walk.setup_for(problem, chunk.tensors, wanted)
+            kept = Kept(normalizer=chunk.tensors.normalizer, summary=summary[..., chunk.rows].contiguous())
             gradient, slope, _ = setup.backward(chunk.tensors, kept, here, None)
             sums.add(chunk, Kept(gradient, slope))
         else:
@@ -249,7 +246,7 @@ class Walk:
     def problem_of_chunk(self, inplace):
         """The loss of a chunk's logits: a part of the sum, over the normaliser of all rows for a mean."""
         classes = self.problem.num_classes if self.problem.ranks else 0  # a chunk has no columns of padding
-        return replace(self.problem, dtype=self.acc, inplace=bool(inplace), num_classes=classes)
+        return replace(self.problem, dtype=self.acc, inplace=inplace, num_classes=classes)
 
     def setup_for(self, problem, tensors, wanted):
         return backends.implementation_of(problem, tensors.input).setup_for(problem, tensors, wanted)

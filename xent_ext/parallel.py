@@ -63,15 +63,16 @@ def setup_for(problem, tensors, wanted):
     acc = accumulation_dtype(problem.dtype)
     if problem.reduction == "mean":  # its normaliser is settled here
         tensors = Tensors(*tensors)._replace(normalizer=torch.empty((), dtype=acc, device=tensors[0].device))
-    names = [name for name in reference.STATS if name in problem.stats or is_needed(name, problem.stats)]
-    local = dataclasses.replace(problem, stats=tuple(name for name in names if name != "correct"))
     make = backends.implementation_for(tensors[0]).setup_for
-    return Setup(problem, wanted, make(local, tensors, wanted._replace(losses=True)))
+    return Setup(problem, wanted, make(of_implementation(problem), tensors, wanted._replace(losses=True)))
 
 
-def is_needed(name, stats):
-    """Whether others of these statistics are made of one."""
-    return name == "predicted" and "correct" in stats
+def of_implementation(problem):
+    """What an implementation is asked for: whether a prediction is correct is found here, from the class predicted."""
+    if "correct" not in problem.stats:
+        return problem
+    stats = {*problem.stats, "predicted"} - {"correct"}
+    return dataclasses.replace(problem, stats=tuple(name for name in reference.STATS if name in stats))
 
 
 def new_summary(problem, tensors):
