@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run
 from test_wrappers import PROCESSES, distributed, right_sharding
 
 import xent_ext
@@ -111,7 +112,7 @@ def process(rank, path):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, args=(path,), nprocs=PROCESSES)
+    run(process, PROCESSES, path)
     return torch.load(path / "found", weights_only=True)
 
 

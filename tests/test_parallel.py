@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import class_axis, make
+from processes import run
 from test_options import ALONE, allowed, call, flat, outcome, plain
 
 import xent_ext
@@ -22,7 +23,6 @@ from xent_ext import backends, dispatch
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no torch.distributed with gloo"
 )
-DEADLINE = 180  # seconds
 SIZES = {2: (10, 13), 3: (0, 22, 1), 4: (7, 5, 0, 11)}  # of 23 classes
 TWO_CALLS = [("mean", 0.0), ("none", 0.1)]
 
@@ -30,16 +30,7 @@ TWO_CALLS = [("mean", 0.0), ("none", 0.1)]
 def start(function, processes, path, *args):
     """What `function(rank, *args)` returns in each process of a group of so many, as files of a new folder have it."""
     path.mkdir()
-    context = torch.multiprocessing.spawn(
-        in_group, args=(processes, path, function, args), nprocs=processes, join=False
-    )
-    end = time.monotonic() + DEADLINE
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"{function.__name__} had not ended after {DEADLINE} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    run(in_group, processes, processes, path, function, args)
     return [torch.load(path / str(rank), weights_only=False) for rank in range(processes)]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TORCH, Calls
 from parity import REDUCTIONS, make
+from processes import run
 from test_options import call, flat, shifted_call
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
@@ -37,7 +38,7 @@ PROCESSES = 2
 def found(tmp_path_factory):
     """What the functions in `WORK` returned in the first of several processes of one gloo group."""
     path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, args=(path,), nprocs=PROCESSES)
+    run(process, PROCESSES, path)
     return torch.load(path / "found", weights_only=True)
 
 

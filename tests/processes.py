@@ -1,0 +1,19 @@
+"""Processes that a test starts, and that end."""
+
+import time
+
+import torch
+
+DEADLINE = 180  # seconds
+
+
+def run(function, processes, *args):
+    """Run `function(rank, *args)` in so many processes, which are ended where they have not by the deadline."""
+    context = torch.multiprocessing.spawn(function, args=args, nprocs=processes, join=False)
+    end = time.monotonic() + DEADLINE
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"{function.__name__} had not ended after {DEADLINE} s"
+    finally:
+        for process in context.processes:
+            process.kill()
