@@ -101,7 +101,10 @@ def check(args, sizes, tolerance=None, **which):
 def test_each_option(implementation, request, options, probabilities):
     request.getfixturevalue(implementation)
     ways = list(zip(SIZES[1:], (("mean", 0.0), ("none", 0.2), ("sum", 0.1)), strict=True))
-    for sizes, (reduction, smoothing) in ways[probabilities::2]:
+    place = (
+        list(ALONE.values()).index(options) + probabilities
+    )  # each way with a third of them: the interpreter is slow
+    for sizes, (reduction, smoothing) in ways[place % 3 :][:1] if implementation == "small_gpu" else ways:
         options = allowed({**options, "reduction": reduction, "label_smoothing": smoothing})
         check(call((4, 23), probabilities=probabilities, **options), sizes)
 
