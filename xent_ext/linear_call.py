@@ -56,7 +56,7 @@ outside_graphs = linear_cross_entropy if backends.RECENT else torch.compiler.dis
 def of_shards(owner, arguments, options):
     from . import sharded_layer  # which imports torch.distributed.tensor
 
-    shards = sharded_layer.LayerShards(arguments, options)
+    shards = sharded_layer.LayerShards(with_torch_options(arguments), options, rows_of)
     return shards.whole(linear_cross_entropy(owner, shards.arguments, shards.options))
 
 

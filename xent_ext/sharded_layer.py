@@ -5,8 +5,6 @@ Imported when there are any.
 
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from . import linear_call
-from .linear_call import with_torch_options
 from .sharded import Shards, local
 
 
@@ -18,8 +16,9 @@ class LayerShards(Shards):
     classes, as a column-parallel layer has it.
     """
 
-    def __init__(self, arguments, options):
-        self.given, self.options_given = with_torch_options(arguments), options
+    def __init__(self, arguments, options, rows_of):
+        """`rows_of` makes the `linear_call.Rows` of the call here."""
+        self.given, self.options_given = arguments, options
         check(self.given, options)
         input, weight = self.given.input, self.given.linear_weight
         self.shape = (*input.shape[:-2], input.shape[-2] - 1) if options.shift else input.shape[:-1]
@@ -30,7 +29,7 @@ class LayerShards(Shards):
         ]
         self.place(input.device_mesh, logits, after)
         self.arguments, self.options = self.arguments_here(), self.options_here(weight.shape[0])
-        rows = linear_call.rows_of(self.arguments, self.options)
+        rows = rows_of(self.arguments, self.options)
         self.problem = rows.call.problem
         self.settle_normalizer(self.problem, rows.tensors)
 
