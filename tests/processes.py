@@ -1,5 +1,6 @@
 """Processes that a test starts, and that end."""
 
+import os
 import time
 
 import torch
@@ -9,7 +10,7 @@ DEADLINE = 180  # seconds
 
 def run(function, processes, *args):
     """Run `function(rank, *args)` in so many processes, which are ended where they have not by the deadline."""
-    context = torch.multiprocessing.spawn(function, args=args, nprocs=processes, join=False)
+    context = torch.multiprocessing.spawn(to_its_end, args=(function, args), nprocs=processes, join=False)
     end = time.monotonic() + DEADLINE
     try:
         while not context.join(timeout=1):
@@ -17,3 +18,9 @@ def run(function, processes, *args):
     finally:
         for process in context.processes:
             process.kill()
+
+
+def to_its_end(rank, function, args):
+    """Run the function, and end at once: while an interpreter shuts down, threads of PyTorch may abort it."""
+    function(rank, *args)
+    os._exit(0)
