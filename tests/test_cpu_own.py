@@ -126,7 +126,7 @@ def loss_and_gradient(input, target, weight=None, function=xent_ext.cross_entrop
 @pytest.fixture(params=["pytorch's own", "blocks"])
 def way(request, monkeypatch):
     """Both ways that a call may take, whatever its size."""
-    monkeypatch.setattr(cpu_own, "takes", lambda *_: request.param != "blocks")
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: request.param != "blocks")
 
 
 # (C) and (N, C) of few and of many classes, one row, images: each is computed in another way.

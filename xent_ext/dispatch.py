@@ -25,12 +25,13 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn._reduction import get_enum
 from torch.overrides import has_torch_function_variadic
 
 from . import agreement, autograd, backends, checks, cpu_own, ops, parallel, reference
 from .backends import HAS_TRITON, implementation
-from .call import is_autocast, prepare, problem_of, statistics, tensors_of
+from .call import Arguments, is_autocast, prepare, problem_of, statistics, tensors_of
 from .layout import batch_shape, visible
 
 # Kept here, so that what stands under this name later does not matter.
@@ -45,14 +46,13 @@ WRONG = (IndexError, RuntimeError, TypeError, ValueError)
 
 def cross_entropy(owner, arguments, options=None):
     """The loss of `Arguments` and `Options`, for the module `owner` or for none; with `return_stats` a pair."""
-    if options is None and is_small_call(*arguments[:3], arguments.reduction, arguments.label_smoothing):
-        return small(*arguments)
-    return general(owner, arguments, options)
+    loss = small(*arguments) if options is None else None
+    return general(owner, arguments, options) if loss is None else loss
 
 
 def general(owner, arguments, options):
     """`cross_entropy` for calls that `small` does not take."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return compiled(owner, arguments, options)
     key = key_of(arguments, options)
     found = _kept.get(key)
@@ -107,19 +107,28 @@ def in_graph(arguments, options):
     return with_statistics(problem, tensors, options, loss, stats)
 
 
-def small(*arguments):
-    """PyTorch's own, with clearer errors."""
-    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing = arguments
+def small(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing):
+    """PyTorch's own, with clearer errors, where it is faster on a CPU; None for all other calls.
+
+    It is asked before the arguments are looked at, and does all that F.cross_entropy does without another call: few
+    logits take few microseconds.
+    """
+    if (
+        not is_small(input, target, reduction, label_smoothing)
+        or is_compiling()
+        or has_torch_function_variadic(input, target, weight)
+    ):
+        return None
     try:
         if size_average is reduce is None and reduction in _REDUCTIONS:
-            # All that F.cross_entropy does, without another call: few logits take few microseconds.
             code = _REDUCTIONS[reduction]
             if input.dtype not in cpu_own.HALF:
                 return cpu_own.native(input, target, weight, code, ignore_index, label_smoothing)
             if input.numel() < cpu_own.FEW_LOGITS or not unsupported_here():  # where no value can be read
                 return cpu_own.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
-        return pytorch(arguments)
+        return pytorch((input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing))
     except WRONG:
+        arguments = Arguments(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         check_values(*prepare(arguments, None))  # raises the same, said more clearly
         raise
 
@@ -257,22 +266,13 @@ def plain_tensor(tensor):
 # --- Who takes it
 
 
-def is_small_call(input, target, weight, reduction, label_smoothing):
-    """Whether `small` takes a call without options for training before its arguments are looked at."""
-    return (
-        not torch.compiler.is_compiling()
-        and is_small(input, target, reduction, label_smoothing)
-        and not has_torch_function_variadic(input, target, weight)
-    )
-
-
 def is_small(input, target, reduction, label_smoothing):
-    """Whether PyTorch's own is faster for logits on a CPU."""
+    """Whether PyTorch's own is as fast for logits on a CPU; the arguments need not be valid."""
     if type(input) not in PLAIN or not input.is_cpu or backends.BACKEND != "auto":
         return False
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True  # the C++ loops that Inductor makes of PyTorch's formula are as fast or faster for all sizes
-    return cpu_own.takes(input, target, reduction, label_smoothing)
+    return input.numel() < cpu_own.ALWAYS or cpu_own.takes(input, target, reduction, label_smoothing)
 
 
 def has_unknown_size(tensor):
@@ -308,9 +308,9 @@ def rows_of(problem, tensors):
 def supported_route(tensors, problem, with_options):
     """`route`, with "torch" for all that no implementation takes."""
     name, reason = implementation_of(tensors, rows_of(problem, tensors) > 0 if problem.ranks else has_elements(tensors))
-    if name == "cpu" and not problem.ranks and (torch.compiler.is_compiling() or not with_options):
+    if name == "cpu" and not problem.ranks and (is_compiling() or not with_options):
         if is_small(tensors.input, tensors.target, problem.reduction, problem.label_smoothing):
-            what = "a compiled graph" if torch.compiler.is_compiling() else "logits of this kind and size"
+            what = "a compiled graph" if is_compiling() else "logits of this kind and size"
             return "torch", f"PyTorch's own is as fast for {what} on a CPU"
     return name, reason
 
@@ -341,7 +341,7 @@ def implementation_of(tensors, has_work):
 
 def unsupported(tensors, has_work):
     """Why neither the kernels nor the CPU implementation can take the call, or None."""
-    traced = torch.compiler.is_compiling()  # an operator gets neither negative views nor zeros without memory
+    traced = is_compiling()  # an operator gets neither negative views nor zeros without memory
     _, target, weight = tensors[:3]
     for tensor in tensors:
         if tensor is None:

@@ -154,8 +154,9 @@ def cross_entropy(
         and on_all_ignored == "nan"
     ):
         options = None
-        if dispatch.is_small_call(input, target, weight, reduction, label_smoothing):
-            return dispatch.small(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        small = dispatch.small(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        if small is not None:
+            return small
     else:
         options = Options(
             dtype, logit_scale, softcap, z_loss, sample_weight, normalizer, on_all_ignored, inplace, return_stats,

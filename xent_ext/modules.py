@@ -107,8 +107,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
                 options = Options(**given or {})._replace(sample_weight=sample_weight, normalizer=normalizer)
                 if logit_scale is not None:
                     options = options._replace(logit_scale=logit_scale)
-            elif dispatch.is_small_call(input, target, weight, reduction, label_smoothing):
-                return dispatch.small(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
+            else:
+                small = dispatch.small(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
+                if small is not None:
+                    return small
             arguments = Arguments(input, target, weight, None, self.ignore_index, None, reduction, label_smoothing)
             if functional.is_overridden(arguments, options):
                 return functional.overridden(arguments, options)
