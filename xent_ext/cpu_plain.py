@@ -1,13 +1,15 @@
 """The options that PyTorch has, on a CPU: by its softmax, or its log-softmax, of a block of rows.
 
-Either is one operator, and faster than an exponential alone. With a gradient and class indices the block becomes p, of
-which the loss is -log p_t and the gradient p less one at t. Without a gradient, and where all classes have target mass,
-it becomes log p, which is summed with the masses.
+Either is one operator, and faster than `torch.exp` alone. With a gradient and class indices the block becomes p, of
+which the loss is -log p_t and the gradient p less one at t: by PyTorch's softmax, or, where that is slow, by exp2.
+Without a gradient, and where all classes have target mass, it becomes log p, which is summed with the masses.
 
 A block's classes are in memory where those operators want them: last, (outer, inner, class), or before the rows,
 (outer, class, inner). Either way a row's target is one place in the block as a flat array, which index_select and
 scatter_add find in half the time that gather and scatter take along a dimension.
 """
+
+import math
 
 import torch
 
@@ -20,6 +22,10 @@ FEW_CLASSES = 16
 # Rows of so many bytes are brought into another order class by class: of 2 floats in 0.25 ns a logit, of 10 in 0.45,
 # where PyTorch's quick way takes 1.7 and 0.6.
 MOST_BY_CLASS = 48
+# PyTorch's softmax of a shorter row takes 0.6 to 1.5 ns a logit, its log-softmax and `torch.exp2` of that 0.6 to 1.0. Of
+# classes before the rows it takes 0.64, and what `less_maximum` leaves out of it, with exp2 and a sum, 0.43.
+LONG_ROW = 64
+LOG2_E = math.log2(math.e)
 
 
 def walk(rows, g, scale):
@@ -35,34 +41,43 @@ def walk(rows, g, scale):
 def walk_indices(rows, order, g, scale):
     """`walk` for class indices alone, whose losses and gradient are those of weight 1 times the rows' weights."""
     logp = torch.empty(rows.shape, dtype=rows.acc)
-    function = torch.log_softmax if g is None else torch.softmax
+    function = torch.log_softmax if g is None else order.function()
+    sums = torch.empty(rows.shape, dtype=rows.acc) if function is less_maximum else None
     minus_one = torch.tensor(-1, dtype=rows.acc)
-    for x, to, ignored, index, found, f, weights in rows.by_block(g, rows.index, logp, scale, rows.weights):
+    for x, to, ignored, index, found, s, f, weights in rows.by_block(g, rows.index, logp, sums, scale, rows.weights):
         block = order.made(function, x, to)
         places = order.places(index)
         torch.index_select(block.view(-1), 0, places, out=found.view(-1))
-        if to is not None:
-            add(block, places, minus_one)
-            order.store_times(block, f if weights is None else f * weights, to)
-            clear_ignored(to, ignored, found)
-    if g is not None:
-        log_of_(logp, rows)
+        if to is None:
+            continue
+        f, at_index = f if weights is None else f * weights, minus_one
+        if function is torch.softmax:
+            log_of_(found, block, x, index)
+        else:
+            block.mul_(LOG2_E).exp2_()
+        if s is not None:  # the block is p times s
+            torch.sum(block, order.axis, out=s)
+            f, at_index = f / s, -s
+        add(block, places, at_index)
+        order.store_times(block, f, to)
+        clear_ignored(to, ignored, found if s is None else s)
+    if sums is not None:
+        logp.sub_(sums.log_())
     return logp.neg_() if rows.weights is None else logp.neg_().mul_(rows.weights)
 
 
-def log_of_(p, rows):
-    """log p of the targets in place of p: from their logits, where p is so small that it lost digits, or is 0."""
-    smallest = torch.finfo(rows.acc).max ** -0.75
-    if p.amin() >= smallest:
-        return p.log_()
-    unlikely = p < smallest
-    if rows.ignored is not None:
-        unlikely &= ~rows.ignored
-    logp = p.log_()
-    for found in unlikely.nonzero().split(rows.rows_per_block):
-        at = found.unbind(1)
-        logp[at] = rows.x[at].to(rows.acc).log_softmax(-1).gather(1, rows.index[at].unsqueeze(1)).squeeze(1)
-    return logp
+def log_of_(p_t, p, x, index):
+    """log p of the targets in place of p: from the logits, where one is so small that it lost digits, or is 0."""
+    if p_t.amin() >= torch.finfo(p.dtype).max ** -0.75:
+        p_t.log_()
+    else:
+        x_t = x.gather(2, index.unsqueeze(2)).squeeze(2).to(p.dtype)
+        torch.sub(x_t, x.amax(2), out=p_t).add_(p.amax(2).log_())
+
+
+def less_maximum(x, axis, out):
+    """x less its largest value along a dimension: log p, but for the logarithm of the sum of its exponentials."""
+    return torch.sub(x, x.amax(axis, keepdim=True), out=out)
 
 
 def walk_dense(rows, order, g, scale):
@@ -144,9 +159,18 @@ class Order:
         """Whether a block has the rows innermost in memory where this, in its order, has the classes."""
         return self.axis == 1 and tensor.stride(1) < tensor.stride(2)
 
+    def function(self):
+        """What makes the block of a gradient: p, log p or, where `less_maximum` is quicker, without the sum."""
+        if self.axis == 1 and self.rows.layout.classes >= FEW_CLASSES:
+            return less_maximum
+        return torch.log_softmax if self.rows.layout.classes < LONG_ROW else torch.softmax
+
     def made(self, function, x, g):
-        """A contiguous block with the softmax or log-softmax of x: in the gradient's place, if it is such a block."""
-        x = self.loaded(x, "scratch")  # not in the block itself: in place these take up to twice the time
+        """A contiguous block that a function makes of x: in the gradient's place, if it is such a block."""
+        if function is less_maximum and x.dtype == self.acc:
+            x = self.ordered(x)
+        else:
+            x = self.loaded(x, "scratch")  # not in the block itself: in place these take up to twice the time
         return function(x, self.axis, out=self.memory(x, g, "block"))
 
     def memory(self, like, g, name):
