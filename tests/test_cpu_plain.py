@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import check, make, relaid
 
+import xent_ext
 from xent_ext import cpu, cpu_plain
 
 ROWS = {"row by row": (0, 2, 1), "classes strided": (0, 1, 2), "positions outermost": (2, 0, 1)}
@@ -39,10 +40,29 @@ def test_blocks_that_are_ignored_are_not_read(cpu_blocks, monkeypatch):
         check(input, target, weight, label_smoothing=label_smoothing)
 
 
+@pytest.mark.parametrize("shape", [(40, 7), (40, 20), (40, 70), (2, 7, 20), (2, 20, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_ignored_rows_hold_stays_there(cpu_blocks, shape, dtype):
+    """Among others in their block, whatever their logits are."""
+    for value, label_smoothing in itertools.product([torch.nan, torch.inf, -torch.inf], [0.0, 0.1]):
+        input, target, weight = make(shape, dtype, weighted=True, ignored=0.3)
+        rows = input.movedim(1, -1)
+        rows[target == -100] = value
+        rows[..., 1][target == -100] = value if value != torch.inf else 0
+        check(input, target, label_smoothing=label_smoothing)
+        check(input, target, weight, label_smoothing=label_smoothing)
+
+
+def test_an_index_below_zero_is_no_class_where_a_class_is_ignored(cpu_blocks):
+    """As many of the one as of the other."""
+    with pytest.raises(IndexError, match="-1"):
+        xent_ext.cross_entropy(torch.randn(3, 20), torch.tensor([-1, 5, 2]), ignore_index=5)
+
+
 def test_the_forward_pass_alone_is_as_right_as_with_a_gradient(cpu_blocks):
     """One makes log p, the other p: of classes that are all but sure, or all but impossible, too."""
     for spread in (0.01, 1.0, 100.0, 10_000.0):
-        for shape in ((50, 7), (50, 100), (2, 7, 25)):
+        for shape in ((50, 7), (50, 20), (50, 100), (2, 7, 25), (2, 20, 25)):
             args = make(shape, spread=spread)
             check(*args, reduction="none")
             with torch.no_grad():

@@ -150,6 +150,11 @@ class SliceSetup(NamedTuple):
         return backward(self.problem, Tensors(*tensors), self.wanted, kept, upstream, expected)
 
 
+def without_negative(index):
+    """Some class indices in a buffer, with 0 for negative ones: a copy of all would be faulted in anew."""
+    return torch.clamp(index, min=0, out=memory.buffer(index.shape, index.dtype, "index"))
+
+
 class Rows:
     """The rows of one call, (outer, inner), and their logits, (outer, inner, class)."""
 
@@ -163,6 +168,7 @@ class Rows:
         self.weight = None if tensors.weight is None else tensors.weight.to(self.acc)
         self.x = self.by_class(self.input, 0)
         self.q = self.index = self.here = self.ignored = self.counted = self.weights = self.sample_weight = None
+        self.has_negative = False  # of the ignored rows, to be overlooked: see `blocks`
         if problem.probabilities:
             self.q = self.by_class(q, 2)
         else:
@@ -214,23 +220,24 @@ class Rows:
             self.ignored = index == self.problem.ignore_index
             counted = ~self.ignored
             self.counted = counted.to(self.acc)
-            index, low, high = self.without_ignored(index, counted)
+            if self.problem.ignore_index < 0 and (index < 0).count_nonzero() == self.ignored.count_nonzero():
+                low, self.has_negative = 0, True
+            else:  # a product: to fill, or to choose, by a mask that no one foresees takes three times as long
+                index = index * counted
+                low, high = (value.item() for value in torch.aminmax(index))
         if low < 0 or high >= self.classes:
             checks.bad_class(self.problem, self.tensors)  # raises
-        self.index = index if not self.problem.ranks else self.of_slice(index)
-        if self.weight is not None and self.layout.classes:
-            self.weights = self.cleared_(self.weight.index_select(0, self.index.reshape(-1)).view(self.shape))
-        else:
-            self.weights = self.counted
+        self.index = index
+        if self.problem.ranks:
+            self.index, self.has_negative = self.of_slice(index), False
+        self.weights = self.counted if self.weight is None or not self.layout.classes else self.weights_of_index()
 
-    def without_ignored(self, index, counted):
-        """Class indices with a class in the place of the ignored ones; the lowest of them, or 0, and the highest."""
-        if self.problem.ignore_index < 0 and (index < 0).count_nonzero() == self.ignored.count_nonzero():
-            index = index.clamp(min=0)
-            return index, 0, index.max().item()
-        # A product: to fill, or to choose, by a mask that no one foresees takes three times as long.
-        index = index * counted
-        return index, *(value.item() for value in torch.aminmax(index))
+    def weights_of_index(self):
+        """The rows' weights, (outer, inner)."""
+        weights = torch.empty(self.shape, dtype=self.acc)
+        for index, some in zip(*map(self.blocks, (self.index, weights)), strict=True):
+            torch.index_select(self.weight, 0, index.reshape(-1), out=some.view(-1))
+        return self.cleared_(weights)
 
     def of_slice(self, index):
         """Class indices among the classes that are here, 0 where they are not; notes which are."""
@@ -309,8 +316,14 @@ class Rows:
     def blocks(self, tensor, dim=0):
         """The pieces of a tensor (..., outer, inner, ...), with outer at `dim`, for one block each.
 
-        A block is some outers, or a part of one. What is one for all rows, or None, is there for every block.
+        A block is some outers, or a part of one. What is one for all rows, or None, is there for every block. Class
+        indices are all of classes: in an ignored row of the first.
         """
+        if tensor is self.index and self.has_negative:
+            return map(without_negative, self.pieces(tensor, dim))
+        return self.pieces(tensor, dim)
+
+    def pieces(self, tensor, dim):
         if tensor is None or not tensor.dim():
             return itertools.repeat(tensor)
         outer, inner = self.shape

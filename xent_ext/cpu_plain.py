@@ -22,8 +22,8 @@ FEW_CLASSES = 16
 # Rows of so many bytes are brought into another order class by class: of 2 floats in 0.25 ns a logit, of 10 in 0.45,
 # where PyTorch's quick way takes 1.7 and 0.6.
 MOST_BY_CLASS = 48
-# PyTorch's softmax of a shorter row takes 0.6 to 1.5 ns a logit, its log-softmax and `torch.exp2` of that 0.6 to 1.0. Of
-# classes before the rows it takes 0.64, and what `less_maximum` leaves out of it, with exp2 and a sum, 0.43.
+# PyTorch's softmax of a shorter row takes 0.6 to 1.5 ns a logit, its log-softmax and exp2 of that 0.6 to 1.0. Of
+# classes before the rows it takes 0.64, and `less_maximum` with exp2 and a sum 0.43.
 LONG_ROW = 64
 LOG2_E = math.log2(math.e)
 
@@ -167,10 +167,8 @@ class Order:
 
     def made(self, function, x, g):
         """A contiguous block that a function makes of x: in the gradient's place, if it is such a block."""
-        if function is less_maximum and x.dtype == self.acc:
-            x = self.ordered(x)
-        else:
-            x = self.loaded(x, "scratch")  # not in the block itself: in place these take up to twice the time
+        # A softmax does not have x in the block itself: in place it takes up to twice the time.
+        x = self.ordered(x) if function is less_maximum and x.dtype == self.acc else self.loaded(x, "scratch")
         return function(x, self.axis, out=self.memory(x, g, "block"))
 
     def memory(self, like, g, name):
