@@ -213,8 +213,9 @@ def test_build_uses_nothing_deprecated(built):
 def test_a_checkout_is_imported_as_it_is(kind, source, request):
     """Whatever is installed beside it, or nothing but what the package requires."""
     python = request.getfixturevalue(f"{kind}_python")
-    for module in ("xent_ext", "xent_ext.kernels", "bench"):
-        found = run(python, "-c", f"import {module} as found; print(found.__file__)", cwd=source).strip()
+    modules = ("xent_ext", "xent_ext.kernels", "bench")
+    where = "; ".join(f"import {module} as found; print(found.__file__)" for module in modules)
+    for found in run(python, "-c", where, cwd=source).splitlines():
         assert Path(found).is_relative_to(source)
     assert run(python, "-c", LOSS, cwd=source).splitlines()[-2:] == ["cpu", "the logits are on a CPU"]
 
