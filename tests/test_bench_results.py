@@ -168,7 +168,8 @@ def test_the_bench_says_how_the_ratios_spread(measured):
     assert f"go to PyTorch's own, {spread(by_eager)} with the choice" in said
     others = [row for row in few if row["best_baseline"] != "torch_eager"]
     assert {(row["best_baseline"], row["shape"][1], row["shape"][0] > 1000) for row in others} == {
-        ("torch_compile", 10, True)
+        ("torch_compile", 10, True),
+        ("torch_compile", 262144, False),
     }
     forward = json.loads((RESULTS / "cpu-forward/run.json").read_text())["rows"]
     assert f"it is {spread([row['ratio'] for row in forward])} times as fast" in said
