@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_plain import FEW_CLASSES, LOG2_E, LONG_ROW
+from .cpu_plain import FEW_CLASSES, LONG_ROW, exp_, less_maximum
 from .memory import buffer
 
 # Stands for z - m = -inf in the entropy, where p is 0 in float64 too, and so is the product with this.
@@ -47,10 +47,10 @@ def softmax(z, out):
     if axis == 2 and z.shape[2] >= LONG_ROW:
         torch.softmax(z, 2, out=out)
     elif axis == 2 and z.shape[2] < FEW_CLASSES:
-        torch.sub(z, z.amax(2, keepdim=True), out=out).mul_(LOG2_E).exp2_()
+        exp_(less_maximum(z, 2, out))
         out.div_(out.sum(2, keepdim=True))
     else:
-        torch.log_softmax(z, axis, out=out).mul_(LOG2_E).exp2_()
+        exp_(torch.log_softmax(z, axis, out=out))
 
 
 def gather(x, index, out):
