@@ -37,7 +37,7 @@ FEW = Least(M >> 5, M >> 5, M >> 6, M >> 5, M >> 3)
 # By where the classes are and how many: in float32 or float64, in bfloat16, and in float16. Measured by `python -m
 # bench cpu_sizes` with one thread on an AMD EPYC (Zen 5), in a process that keeps what PyTorch frees, and gradients of
 # class indices in float32 with two threads, too. In a fresh process PyTorch's time doubles from about a million logits
-# on, whose memory is given back and faulted in again: it decides where the two are close.
+# on, whose memory is given back and faulted in again: blocks would be faster there, but not in all processes.
 LEAST = {
     # PyTorch's softmax of a row that is shorter than a vector register takes ten times as long.
     "few": (FEW, FEW, FEW),
